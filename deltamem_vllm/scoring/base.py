@@ -1,0 +1,198 @@
+# SPDX-License-Identifier: Apache-2.0
+# SPDX-FileCopyrightText: Copyright contributors to the deltamem project
+"""What every scorer shares: the view it reads, the interface it fills, and the choice of survivors.
+
+The worker builds one :class:`ScoreView` per layer and request, asks a :class:`Scorer` for a score per resident
+entry and hands the result to :func:`select_survivors`. A scorer never decides how many entries stay (the
+scheduler does) and never protects any (selection does).
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from functools import cached_property
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+# Larger than the ordered bits of +inf (0x7F800000): a protected entry beats every possible score.
+_PROTECTED_RANK = 0x7FFFFFFF
+_INDEX_BITS = 32
+
+
+@dataclass(frozen=True)
+class ScoreView:
+    """What a scorer may read: one layer of one request.
+
+    Parameters
+    ----------
+    keys
+        ``[H_kv, n, D]``, model dtype, RoPE applied, resident order (oldest entry first).
+    values
+        ``[H_kv, n, D_v]``, model dtype, same order.
+    queries
+        ``[H_q, w, D]``, model dtype, RoPE applied, oldest first: query ``i`` belongs to resident entry
+        ``n - w + i``. None for scorers that ask for no queries. Query head ``h`` reads kv head ``h // (H_q / H_kv)``.
+    scale
+        Factor on ``q . k`` before the softmax, usually ``D ** -0.5``.
+    layer
+        Index of the layer in model order.
+    seed
+        Seed of the policy, for scorers that draw numbers.
+    """
+
+    keys: Tensor
+    values: Tensor
+    queries: Tensor | None
+    scale: float
+    layer: int = 0
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        keys, values, queries = self.keys, self.values, self.queries
+        if keys.dim() != 3 or values.dim() != 3 or keys.shape[:2] != values.shape[:2] or keys.shape[1] == 0:
+            raise ValueError(
+                f"keys and values must be [H_kv, n, D] with equal H_kv and n >= 1, "
+                f"got {tuple(keys.shape)} and {tuple(values.shape)}"
+            )
+        if queries is None:
+            return
+        if queries.dim() != 3 or queries.shape[2] != keys.shape[2] or queries.shape[0] % keys.shape[0]:
+            raise ValueError(
+                f"queries must be [H_q, w, {keys.shape[2]}] with H_q a multiple of {keys.shape[0]} kv heads, "
+                f"got {tuple(queries.shape)}"
+            )
+        if not 1 <= queries.shape[1] <= keys.shape[1]:
+            raise ValueError(
+                f"the window must hold 1 to {keys.shape[1]} queries (one per resident entry), got {queries.shape[1]}"
+            )
+
+    @property
+    def num_kv_heads(self) -> int:
+        """H_kv: kv heads of this layer on this rank."""
+        return self.keys.shape[0]
+
+    @property
+    def num_resident(self) -> int:
+        """n: resident entries per kv head."""
+        return self.keys.shape[1]
+
+    @cached_property
+    def keys_f32(self) -> Tensor:
+        """The keys as float32, converted once."""
+        return self.keys.float()
+
+    @cached_property
+    def values_f32(self) -> Tensor:
+        """The values as float32, converted once."""
+        return self.values.float()
+
+    def logits(self, last: int | None = None) -> Tensor:
+        """``scale * q . k`` of the window queries, -inf where a query must not look.
+
+        Parameters
+        ----------
+        last
+            Only the newest ``last`` queries; all of them when None.
+
+        Returns
+        -------
+        Tensor
+            ``[H_kv, G, w, n]`` float32, freshly allocated. Query ``i`` sees entries up to its own, ``n - w + i``.
+        """
+        if self.queries is None:
+            raise ValueError("this view carries no queries: the scorer must set needs_queries = True")
+        queries = self.queries if last is None else self.queries[:, self.queries.shape[1] - last :]
+        heads, n, dim = self.keys.shape
+        w = queries.shape[1]
+        grouped = queries.float().mul(self.scale).reshape(heads, -1, dim)
+        logits = (grouped @ self.keys_f32.transpose(1, 2)).view(heads, -1, w, n)
+        if w > 1:
+            # Only the last w columns hold entries that some query must not see.
+            logits[..., n - w :] += torch.full((w, w), float("-inf"), device=logits.device).triu_(1)
+        return logits
+
+    def attention(self, last: int | None = None) -> Tensor:
+        """Softmax of :meth:`logits`: ``[H_kv, G, w, n]`` float32; exactly 0 where a query must not look."""
+        return self.logits(last).softmax(-1)
+
+
+class Scorer(ABC):
+    """One way to say which cached tokens matter.
+
+    Subclasses set ``name``, ``summary`` and ``source`` and implement :meth:`score`. They keep no state between
+    calls, draw nothing from global generators and never wait for the device.
+    """
+
+    name: ClassVar[str]
+    """How users call it: the name of the entry point in the group ``deltamem.scorers``."""
+    summary: ClassVar[str]
+    """What it keeps, in one line."""
+    source: ClassVar[str]
+    """Paper and arXiv id, or where else the idea comes from."""
+    needs_queries: ClassVar[bool] = False
+    """Whether the worker must record the observation window for it."""
+
+    @abstractmethod
+    def score(self, view: ScoreView) -> Tensor:
+        """Rate every resident entry of one layer.
+
+        Parameters
+        ----------
+        view
+            The layer. Must not be modified.
+
+        Returns
+        -------
+        Tensor
+            ``[H_kv, n]`` float32 on the view's device; higher = keep.
+        """
+
+
+def select_survivors(scores: Tensor, keep: int, sink: int, recent: int) -> Tensor:
+    """Choose which entries each kv head keeps.
+
+    The first ``sink`` and last ``recent`` entries always stay; the rest of ``keep`` goes to the highest scores.
+    Of equal scores the newer entry stays, so the result is the same on every device. NaN ranks below every
+    number. Runs without waiting for the device: no data-dependent shapes.
+
+    Parameters
+    ----------
+    scores
+        ``[H_kv, n]``, higher = keep.
+    keep
+        Entries to keep per head, ``sink + recent <= keep <= n``.
+    sink, recent
+        Protected entries at the start and at the end.
+
+    Returns
+    -------
+    Tensor
+        ``[H_kv, keep]`` int64, ascending and unique in every row.
+    """
+    if scores.dim() != 2:
+        raise ValueError(f"scores must be [H_kv, n], got {tuple(scores.shape)}")
+    heads, n = scores.shape
+    if sink < 0 or recent < 0 or keep < 1:
+        raise ValueError(f"keep must be >= 1, sink and recent >= 0, got {keep=}, {sink=}, {recent=}")
+    if keep > n:
+        raise ValueError(f"cannot keep {keep} of {n} resident entries; keep must be at most {n}")
+    if keep < sink + recent:
+        raise ValueError(
+            f"cannot keep {keep} entries with {sink} sink and {recent} recent tokens protected; "
+            f"keep at least {sink + recent} or protect fewer"
+        )
+    index = torch.arange(n, device=scores.device)
+    if keep == n:
+        return index.expand(heads, n).contiguous()
+    # One integer per entry, (score, index), makes all entries distinct: top-k is then deterministic although it
+    # is not stable. Adding 0.0 turns -0.0 into 0.0; flipping the magnitude bits of negatives orders the patterns.
+    clean = torch.where(scores.isnan(), float("-inf"), scores.float()) + 0.0
+    bits = clean.contiguous().view(torch.int32)
+    rank = (bits ^ ((bits >> 31) & 0x7FFFFFFF)).long()
+    rank[:, :sink] = _PROTECTED_RANK
+    rank[:, n - recent :] = _PROTECTED_RANK
+    chosen = ((rank << _INDEX_BITS) | index).topk(keep, dim=-1, sorted=False).indices
+    return chosen.sort(dim=-1).values

@@ -1,0 +1,103 @@
+# SPDX-License-Identifier: Apache-2.0
+# SPDX-FileCopyrightText: Copyright contributors to the deltamem project
+"""Slow, obvious definitions of the scores: one entry at a time, in float64.
+
+Tests compare every scorer with these; nothing else calls them.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from deltamem_vllm.scoring.base import ScoreView
+
+
+def weights_of(view: ScoreView, query_head: int, i: int) -> list[float]:
+    """Softmax weights of window query ``i`` of one query head over all n entries; 0 for entries it cannot see."""
+    assert view.queries is not None, "only scorers with queries ask for weights"
+    group = view.queries.shape[0] // view.num_kv_heads
+    keys = view.keys[query_head // group].double()
+    visible = view.num_resident - view.queries.shape[1] + i + 1
+    query = view.queries[query_head, i].double()
+    logits = [float(query @ keys[j]) * view.scale for j in range(visible)]
+    top = max(logits)
+    exps = [math.exp(x - top) for x in logits]
+    return [x / sum(exps) for x in exps] + [0.0] * (view.num_resident - visible)
+
+
+def output_of(values: Tensor, weights: list[float]) -> Tensor:
+    """``sum_j weights[j] * values[j]``; values ``[n, D]``."""
+    total = torch.zeros(values.shape[1], dtype=torch.float64)
+    for weight, value in zip(weights, values.double(), strict=True):
+        total += weight * value
+    return total
+
+
+def delta(view: ScoreView) -> Tensor:
+    """Literally remove each entry, renormalise, and measure how far the output moves."""
+    assert view.queries is not None, "the delta-score needs queries"
+    group = view.queries.shape[0] // view.num_kv_heads
+    scores = torch.zeros(view.num_kv_heads, view.num_resident, dtype=torch.float64)
+    for head in range(view.queries.shape[0]):
+        values = view.values[head // group].double()
+        for i in range(view.queries.shape[1]):
+            weights = weights_of(view, head, i)
+            output = output_of(values, weights)
+            for j in range(view.num_resident):
+                if weights[j] == 0.0:
+                    continue
+                others = [w if k != j else 0.0 for k, w in enumerate(weights)]
+                left = sum(others) or 1.0  # Nothing left: the output becomes 0.
+                without = output_of(values, [w / left for w in others])
+                moved = (output - without).norm()
+                scores[head // group, j] = torch.maximum(scores[head // group, j], moved)
+    return scores
+
+
+def snapkv(view: ScoreView, kernel: int = 7) -> Tensor:
+    """Window-mean attention, maximum over ``kernel`` neighbours before the window; the window gets the top score."""
+    assert view.queries is not None, "SnapKV needs queries"
+    heads, n, window = view.num_kv_heads, view.num_resident, view.queries.shape[1]
+    group = view.queries.shape[0] // heads
+    scores = torch.ones(heads, n, dtype=torch.float64)
+    for head in range(heads):
+        rows = [weights_of(view, head * group + g, i) for g in range(group) for i in range(window)]
+        mean = [sum(row[j] for row in rows) / len(rows) for j in range(n - window)]
+        half = kernel // 2
+        pooled = [max(mean[max(0, j - half) : j + half + 1]) for j in range(n - window)]
+        if pooled:
+            scores[head] = torch.tensor(pooled + [max(pooled)] * window)
+    return scores
+
+
+def tova(view: ScoreView) -> Tensor:
+    """Mean over all query heads of the last query's weights."""
+    assert view.queries is not None, "TOVA needs queries"
+    last = view.queries.shape[1] - 1
+    rows = [weights_of(view, head, last) for head in range(view.queries.shape[0])]
+    mean = torch.tensor([sum(column) / len(rows) for column in zip(*rows, strict=True)], dtype=torch.float64)
+    return torch.stack([mean] * view.num_kv_heads)
+
+
+def keydiff(view: ScoreView) -> Tensor:
+    """Minus the cosine between each key and the mean of the unit keys."""
+    scores = torch.zeros(view.num_kv_heads, view.num_resident, dtype=torch.float64)
+    for head in range(view.num_kv_heads):
+        units = [key / key.norm() for key in view.keys[head].double()]
+        anchor = sum(units[1:], units[0]) / len(units)
+        for j, unit in enumerate(units):
+            scores[head, j] = -float(unit @ anchor) / float(anchor.norm())
+    return scores
+
+
+def select(scores: Tensor, keep: int, sink: int, recent: int) -> Tensor:
+    """Sort (protected, score, index) downwards, one head at a time."""
+    n = scores.shape[1]
+    rows = []
+    for row in scores.tolist():
+        ranked = sorted(range(n), key=lambda j: (j < sink or j >= n - recent, row[j], j), reverse=True)  # noqa: B023
+        rows.append(sorted(ranked[:keep]))
+    return torch.tensor(rows, dtype=torch.int64).reshape(scores.shape[0], keep)
