@@ -1,0 +1,100 @@
+# SPDX-License-Identifier: Apache-2.0
+# SPDX-FileCopyrightText: Copyright contributors to the deltamem project
+"""Carries out a CompactionPlan on one worker: score, choose, copy, layer by layer."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from deltamem_vllm.memory.plans import CompactionPlan
+from deltamem_vllm.ops.pages import PageMover, take_tokens
+from deltamem_vllm.scoring.base import Scorer, ScoreView, select_survivors
+from deltamem_vllm.scoring.window import ObservationWindow
+
+
+class Compactor:
+    """Chooses and moves the survivors of this rank's kv heads.
+
+    Parameters
+    ----------
+    caches: each layer's KV cache, ``[num_blocks, H_kv, block_size, 2 * D]``, model order.
+    scales: each layer's factor on q . k.
+    mover: reads and writes pages of that layout.
+    scorer: rates the resident tokens.
+    window: recorded queries; None if the scorer needs none.
+    seed: of the policy.
+
+    Attributes
+    ----------
+    on_compaction: called with the plan and each layer's survivors ([H_kv, keep] resident indices); for tests.
+    """
+
+    def __init__(
+        self,
+        caches: Sequence[Tensor],
+        scales: Sequence[float],
+        mover: PageMover,
+        scorer: Scorer,
+        window: ObservationWindow | None,
+        seed: int,
+    ) -> None:
+        self._caches = caches
+        self._scales = scales
+        self._mover = mover
+        self._scorer = scorer
+        self._window = window
+        self._seed = seed
+        self.on_compaction: Callable[[CompactionPlan, list[Tensor]], None] | None = None
+        self._timings = {"scoring_us": 0, "compaction_us": 0}
+
+    @torch.inference_mode()
+    def run(self, plan: CompactionPlan) -> None:
+        """Copy the survivors of one request into the plan's target blocks.
+
+        All tokens of a layer are read before any is written, so in-place plans need no special case.
+        """
+        began = time.perf_counter()
+        scoring = 0.0
+        device = self._caches[0].device
+        source = _ids(plan.source_blocks, device)
+        target = _ids(plan.target_blocks, device)
+        rows = self._window.rows(plan.request_id) if self._window is not None else None
+        survivors: list[Tensor] = []
+        for layer, cache in enumerate(self._caches):
+            keys, values = self._mover.read(cache, source, plan.resident_before)
+            score_began = time.perf_counter()
+            index = self._choose(plan, layer, keys, values, rows)
+            scoring += time.perf_counter() - score_began
+            self._mover.write(cache, target, take_tokens(keys, index), take_tokens(values, index))
+            if self.on_compaction is not None:
+                survivors.append(index)
+        if self.on_compaction is not None:
+            self.on_compaction(plan, survivors)
+        # On a GPU this is the time to issue the work; the device does it before the step's forward pass.
+        self._timings["scoring_us"] += round(scoring * 1e6)
+        self._timings["compaction_us"] += round((time.perf_counter() - began) * 1e6)
+
+    def take_timings(self) -> dict[str, int]:
+        """Microseconds spent since the last call; compaction includes scoring."""
+        taken, self._timings = self._timings, dict.fromkeys(self._timings, 0)
+        return taken
+
+    def _choose(
+        self, plan: CompactionPlan, layer: int, keys: Tensor, values: Tensor, rows: Tensor | None
+    ) -> Tensor:
+        queries = None
+        if rows is not None and self._window is not None:
+            queries = self._window.rings[layer].index_select(0, rows).transpose(0, 1)
+        view = ScoreView(
+            keys=keys, values=values, queries=queries, scale=self._scales[layer], layer=layer, seed=self._seed
+        )
+        return select_survivors(self._scorer.score(view), plan.keep, plan.sink_tokens, plan.recent_tokens)
+
+
+def _ids(blocks: Sequence[int], device: torch.device) -> Tensor:
+    host = torch.tensor(blocks, dtype=torch.int64)
+    return host if device.type == "cpu" else host.pin_memory().to(device, non_blocking=True)

@@ -1,0 +1,122 @@
+# SPDX-License-Identifier: Apache-2.0
+# SPDX-FileCopyrightText: Copyright contributors to the deltamem project
+"""The scheduler-side seam: a full-attention block manager that counts resident tokens.
+
+vLLM goes on counting logical tokens everywhere; this manager subtracts one integer per request, ``evicted``, exactly
+where tokens become blocks. Nothing else of vLLM's accounting changes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from vllm.v1.core.kv_cache_utils import KVCacheBlock
+from vllm.v1.core.single_type_kv_cache_manager import FullAttentionManager
+
+from deltamem_vllm.memory.budgets import cdiv
+
+
+@dataclass(frozen=True)
+class Admission:
+    """What a waiting request must find free.
+
+    Attributes
+    ----------
+    max_blocks: bound on the blocks it ever holds if it is compacted between prompt chunks; None for a request that
+        must fit whole.
+    reserve: free blocks its own compaction will need.
+    """
+
+    max_blocks: int | None
+    reserve: int
+
+
+class DeltaMemManager(FullAttentionManager):
+    """vLLM's manager for full attention, for requests that hold fewer tokens than they have seen.
+
+    Attributes
+    ----------
+    evicted: request id -> logical minus resident tokens, for compacted requests only.
+    admissions: request id -> Admission, for requests the policy applies to.
+    reserve: blocks that allocation must leave free this step, so that the next out-of-place compaction can start.
+    """
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.evicted: dict[str, int] = {}
+        self.admissions: dict[str, Admission] = {}
+        self.reserve = 0
+
+    def get_num_blocks_to_allocate(self, request_id: str, num_tokens: int, *args: Any, **kwargs: Any) -> int:
+        needed = super().get_num_blocks_to_allocate(
+            request_id, num_tokens - self.evicted.get(request_id, 0), *args, **kwargs
+        )
+        if needed == 0:
+            return 0
+        admission = self.admissions.get(request_id)
+        reserve = self.reserve
+        if admission is not None:
+            if kwargs.get("apply_admission_cap") and admission.max_blocks is not None:
+                # The bound already contains the room for the copy.
+                return min(needed, admission.max_blocks)
+            reserve = max(reserve, admission.reserve)
+        # vLLM compares the answer with the free blocks: asking for more leaves the reserve untouched.
+        return needed + reserve
+
+    def allocate_new_blocks(
+        self, request_id: str, num_tokens: int, *args: Any, **kwargs: Any
+    ) -> list[KVCacheBlock]:
+        return super().allocate_new_blocks(
+            request_id, num_tokens - self.evicted.get(request_id, 0), *args, **kwargs
+        )
+
+    def cache_blocks(self, request: Any, num_tokens: int, *args: Any, **kwargs: Any) -> None:
+        # A compacted block's content no longer belongs to a position, and the KV of later tokens depends on what
+        # was evicted: neither may ever be found by a prefix hash.
+        if request.request_id not in self.evicted:
+            super().cache_blocks(request, num_tokens, *args, **kwargs)
+
+    def pop_blocks_for_free(self, request_id: str) -> list[KVCacheBlock]:
+        # Finish, abort and preemption all pass here: the request starts over as a dense one.
+        self.evicted.pop(request_id, None)
+        return super().pop_blocks_for_free(request_id)
+
+    def owned_share(self, request_id: str) -> float:
+        """Blocks of the request, a block shared by k requests counted as 1/k."""
+        return sum(1 / block.ref_cnt for block in self.req_to_blocks[request_id])
+
+    def can_copy(self, keep: int) -> bool:
+        """Whether the pool has the blocks for an out-of-place copy of ``keep`` tokens."""
+        return self.block_pool.get_num_free_blocks() >= cdiv(keep, self.block_size)
+
+    def can_pack(self, request_id: str) -> bool:
+        """Whether the request is the only owner of all its blocks, so that they may be rewritten."""
+        return all(not b.is_null and b.ref_cnt == 1 for b in self.req_to_blocks[request_id])
+
+    def compact(
+        self, request_id: str, keep: int, evicted: int, in_place: bool
+    ) -> tuple[Sequence[int], Sequence[int]]:
+        """Swap the request's blocks for those of its survivors and free the rest.
+
+        Fresh blocks are taken before the old ones are freed, so source and destination of one copy never overlap.
+        Old blocks with a prefix hash stay valid cache entries until vLLM reuses them.
+
+        Returns
+        -------
+        Ids of the source blocks and of the target blocks.
+        """
+        old = self.req_to_blocks[request_id]
+        count = cdiv(keep, self.block_size)
+        if in_place:
+            # A block that is rewritten may not stay a prefix-cache entry.
+            self.block_pool.evict_blocks({b.block_id for b in old if not self.block_pool.is_block_writable(b)})
+            new, freed = old[:count], old[count:]
+        else:
+            new, freed = self.block_pool.get_new_blocks(count), old
+        self.req_to_blocks[request_id] = list(new)
+        self.num_cached_block[request_id] = 0
+        self.evicted[request_id] = evicted
+        self.block_pool.free_blocks(reversed(freed))
+        return [b.block_id for b in old], [b.block_id for b in new]

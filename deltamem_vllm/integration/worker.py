@@ -1,0 +1,190 @@
+# SPDX-License-Identifier: Apache-2.0
+# SPDX-FileCopyrightText: Copyright contributors to the deltamem project
+"""The worker: runs a step's compactions, then vLLM's own forward pass with resident lengths."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from vllm.logger import init_logger
+from vllm.platforms import current_platform
+from vllm.v1.kv_cache_interface import KVCacheConfig, KVCacheSpec
+from vllm.v1.outputs import AsyncModelRunnerOutput, ModelRunnerOutput
+
+from deltamem_vllm.config import DeltaMemConfig
+from deltamem_vllm.integration import backends, spec
+from deltamem_vllm.integration.compactor import Compactor
+from deltamem_vllm.integration.refusals import check_supported
+from deltamem_vllm.integration.resident import ResidentRows, StepState
+from deltamem_vllm.integration.runner_v1 import RunnerV1Hooks
+from deltamem_vllm.integration.runner_v2 import RunnerV2Hooks
+from deltamem_vllm.memory.plans import StepPlan
+from deltamem_vllm.ops.layout import probe_layout
+from deltamem_vllm.ops.pages import PageMover
+from deltamem_vllm.scoring.registry import load_scorer
+from deltamem_vllm.scoring.window import ObservationWindow
+
+logger = init_logger("vllm.deltamem")
+
+# Before vLLM builds the model: layers pick their attention implementation when they are constructed.
+backends.register()
+spec.register()
+
+
+class WorkerMemory:
+    """Everything deltamem holds in one worker.
+
+    Parameters
+    ----------
+    vllm_config: of the engine.
+    runner: the worker's model runner, KV cache initialised.
+    """
+
+    def __init__(self, vllm_config: Any, runner: Any) -> None:
+        config = DeltaMemConfig.from_additional_config(vllm_config.additional_config)
+        scorer = load_scorer(config.scorer)
+        layers = attention_layers(vllm_config, runner.kv_cache_config)
+        caches = [layer.kv_cache for layer in layers]
+        max_requests, max_tokens = batch_limits(vllm_config)
+        device = caches[0].device
+        self.window: ObservationWindow | None = None
+        if scorer.needs_queries:
+            heads = [(layer.impl.num_heads, layer.impl.head_size) for layer in layers]
+            dtype = vllm_config.model_config.dtype
+            self.window = ObservationWindow(config.window, max_requests, max_tokens, heads, dtype, device)
+            for layer, ring in zip(layers, self.window.rings, strict=True):
+                layer.impl.deltamem_ring = ring
+        layout = probe_layout(_writer(layers[0]), caches[0])
+        scales = [float(layer.impl.scale) for layer in layers]
+        self.compactor = Compactor(caches, scales, PageMover(layout), scorer, self.window, config.seed)
+        state = StepState(ResidentRows(max_requests, max_tokens, device), self.window)
+        hooks = RunnerV2Hooks if is_v2(runner) else RunnerV1Hooks
+        self.hooks: RunnerV1Hooks | RunnerV2Hooks = hooks(runner, state)
+
+    def run_step(self, output: Any) -> None:
+        """Compactions first: vLLM's own state update may hand their source blocks to other requests."""
+        for plan in output.deltamem.compactions:
+            self.compactor.run(plan)
+        self.hooks.begin_step(output)
+
+
+class DeltaMemWorkerMixin:
+    """Adds compaction to a vLLM worker."""
+
+    if TYPE_CHECKING:  # provided by vLLM's worker
+        vllm_config: Any
+        model_runner: Any
+
+    deltamem: WorkerMemory | None = None
+
+    def get_kv_cache_spec(self) -> dict[str, KVCacheSpec]:
+        specs: dict[str, KVCacheSpec] = super().get_kv_cache_spec()  # type: ignore[misc]
+        check_supported(self.vllm_config, kv_cache_specs=specs)
+        return spec.convert(specs)
+
+    def determine_available_memory(self) -> int:
+        """Bytes for the KV cache: what vLLM found free, less the observation window."""
+        available: int = super().determine_available_memory()  # type: ignore[misc]
+        window = window_bytes(self.vllm_config)
+        if window >= available:
+            raise ValueError(
+                f"the observation window needs {window} bytes and only {available} are free for the KV cache. Lower "
+                "--max-num-seqs or --deltamem-config.window, or choose a scorer that needs no queries."
+            )
+        return available - window
+
+    def initialize_from_config(self, kv_cache_config: KVCacheConfig) -> None:
+        super().initialize_from_config(kv_cache_config)  # type: ignore[misc]
+        check_supported(self.vllm_config, model_runner=self.model_runner)
+        self.deltamem = WorkerMemory(self.vllm_config, self.model_runner)
+
+    def execute_model(self, scheduler_output: Any) -> Any:
+        memory = self.deltamem
+        if memory is None:  # no KV cache yet
+            return super().execute_model(scheduler_output)  # type: ignore[misc]
+        if not hasattr(scheduler_output, "deltamem"):
+            scheduler_output.deltamem = StepPlan()  # vLLM's kernel warm-up makes its own steps
+        memory.run_step(scheduler_output)
+        try:
+            output = super().execute_model(scheduler_output)  # type: ignore[misc]
+        finally:
+            memory.hooks.end_step()
+        return self._with_timings(output)
+
+    def sample_tokens(self, *args: Any, **kwargs: Any) -> Any:
+        return self._with_timings(super().sample_tokens(*args, **kwargs))  # type: ignore[misc]
+
+    def _with_timings(self, output: Any) -> Any:
+        """Send timings to the scheduler with the step's output, which is pickled with its attributes."""
+        if self.deltamem is None:
+            return output
+        if isinstance(output, AsyncModelRunnerOutput):
+            wait = output.get_output
+            timings = self.deltamem.compactor.take_timings()
+
+            def get_output() -> ModelRunnerOutput:
+                result = wait()
+                result.deltamem_timings = timings  # type: ignore[attr-defined]
+                return result
+
+            output.get_output = get_output  # type: ignore[method-assign]
+        elif isinstance(output, ModelRunnerOutput):
+            output.deltamem_timings = self.deltamem.compactor.take_timings()  # type: ignore[attr-defined]
+        return output
+
+
+def is_v2(runner: Any) -> bool:
+    """Whether a model runner is Model Runner V2."""
+    return hasattr(runner, "model_state")
+
+
+def attention_layers(vllm_config: Any, kv_cache_config: KVCacheConfig) -> list[Any]:
+    """vLLM's attention layers that own a KV cache, in model order, each cache once."""
+    context = vllm_config.compilation_config.static_forward_context
+    seen: set[int] = set()
+    layers = []
+    for group in kv_cache_config.kv_cache_groups:
+        for name in group.layer_names:
+            layer = context[name]
+            if layer.kv_cache.data_ptr() not in seen:
+                seen.add(layer.kv_cache.data_ptr())
+                layers.append(layer)
+    return layers
+
+
+def batch_limits(vllm_config: Any) -> tuple[int, int]:
+    """Most requests and most tokens of one batch, padding for captured graphs included."""
+    scheduler = vllm_config.scheduler_config
+    captured = max(vllm_config.compilation_config.cudagraph_capture_sizes or [0])
+    return max(scheduler.max_num_seqs, captured), max(scheduler.max_num_batched_tokens, captured)
+
+
+def window_bytes(vllm_config: Any) -> int:
+    """Bytes the observation window takes on this rank."""
+    config = DeltaMemConfig.from_additional_config(vllm_config.additional_config)
+    if not load_scorer(config.scorer).needs_queries:
+        return 0
+    model, parallel = vllm_config.model_config, vllm_config.parallel_config
+    per_query = model.get_num_attention_heads(parallel) * model.get_head_size() * model.dtype.itemsize
+    rows = batch_limits(vllm_config)[0] * config.window + 1
+    return rows * per_query * model.get_num_layers(parallel)
+
+
+def _writer(layer: Any) -> Any:
+    def write(key: torch.Tensor, value: torch.Tensor, cache: torch.Tensor, slots: torch.Tensor) -> None:
+        layer.impl.do_kv_cache_update(layer, key, value, cache, slots)
+
+    return write
+
+
+if current_platform.is_cpu():
+    from vllm.v1.worker.cpu_worker import CPUWorker
+
+    class DeltaMemCPUWorker(DeltaMemWorkerMixin, CPUWorker):  # type: ignore[misc]
+        """vLLM's CPU worker with compaction."""
+else:
+    from vllm.v1.worker.gpu_worker import Worker
+
+    class DeltaMemGPUWorker(DeltaMemWorkerMixin, Worker):  # type: ignore[misc]
+        """vLLM's GPU worker with compaction."""
