@@ -1,0 +1,75 @@
+# SPDX-License-Identifier: Apache-2.0
+# SPDX-FileCopyrightText: Copyright contributors to the deltamem project
+"""`deltamem bench`: stock vLLM and deltamem on this machine, in one run."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+
+def bench(
+    scenario: Annotated[
+        list[str] | None,
+        typer.Argument(help="Names of scenarios (see --list) or paths of YAML files. All of them if none is given."),
+    ] = None,
+    quick: Annotated[bool, typer.Option("--quick", help="Fewer repeats and less traffic, as each file says.")] = False,
+    repeats: Annotated[int | None, typer.Option(min=1, help="Repeats instead of the scenarios' own.")] = None,
+    out: Annotated[
+        Path, typer.Option(help="Folder for bench.jsonl (every measurement) and bench.md (the report).")
+    ] = Path("build/bench"),
+    model: Annotated[
+        str, typer.Option(help="An embedded model's name, a Hugging Face id or a local path.")
+    ] = "smollm2",
+    scenarios: Annotated[
+        Path | None, typer.Option(help="Folder of scenarios instead of the repository's configs/bench.")
+    ] = None,
+    list_: Annotated[bool, typer.Option("--list", help="List the scenarios and stop.")] = False,
+) -> None:
+    """Compare stock vLLM with deltamem. Run again after an interruption and it goes on where it stopped."""
+    from deltamem_vllm.evaluation.bench import machine
+    from deltamem_vllm.evaluation.bench.engine import EngineFailed
+    from deltamem_vllm.evaluation.bench.report import write_report
+    from deltamem_vllm.evaluation.bench.results import Results, ResultsDamaged
+    from deltamem_vllm.evaluation.bench.run import Bench, NothingCompacted
+    from deltamem_vllm.evaluation.bench.scenario import (
+        ScenarioError,
+        find_scenario,
+        load_scenario,
+        scenario_files,
+    )
+    from deltamem_vllm.models.catalog import resolve_model
+    from deltamem_vllm.models.errors import ModelError
+
+    def say(line: str) -> None:
+        typer.echo(f"deltamem bench: {line}", err=True)
+
+    folder = scenarios or machine.PACKAGE.parent / "configs" / "bench"
+    try:
+        chosen = [
+            load_scenario(find_scenario(name, folder), quick=quick) for name in scenario or scenario_files(folder)
+        ]
+        if not chosen:
+            raise ScenarioError(f"no scenarios in {folder}; name YAML files or give a folder with --scenarios")
+        if list_:
+            for one in chosen:
+                typer.echo(f"{one.name:<12} {one.question}")
+            return
+        if repeats is not None:
+            chosen = [one.model_copy(update={"repeats": repeats}) for one in chosen]
+        results = Results(out / "bench.jsonl")
+        name = Path(model).name if Path(model).is_dir() else model
+        conditions = {"model": name, "machine": machine.describe_machine(), "code": machine.describe_code()}
+        runner = Bench(resolve_model(model), conditions, results, out / "logs", say)
+        for one in chosen:
+            runner.run(one)
+            write_report(out / "bench.md", results, {runner.run_id(o): o for o in chosen}, machine.command_line())
+    except (ScenarioError, ResultsDamaged, ModelError, EngineFailed, NothingCompacted) as error:
+        say(str(error))
+        raise typer.Exit(1) from error
+    except KeyboardInterrupt:
+        say("interrupted; the same command goes on with what is missing")
+        raise typer.Exit(130) from None
+    say(f"report in {out / 'bench.md'}")
