@@ -1,0 +1,207 @@
+# SPDX-License-Identifier: Apache-2.0
+# SPDX-FileCopyrightText: Copyright contributors to the deltamem project
+"""The policy's configuration: one frozen model that flags, help texts and documents are made from.
+
+It travels as plain JSON in ``vllm_config.additional_config["deltamem"]``; the policy is active exactly
+when that key is present. Importing this module imports neither torch nor vllm.
+"""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Iterable, Mapping
+from typing import Any, Literal
+
+from annotated_types import Ge, Gt, Le, Lt
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic_core import ErrorDetails
+
+CONFIG_KEY = "deltamem"
+"""Key of vLLM's ``additional_config`` that holds the policy's configuration."""
+
+
+class ConfigError(ValueError):
+    """A configuration that cannot be used: what was given, what is allowed, how to fix it."""
+
+
+class DeltaMemConfig(BaseModel):
+    """How much of a request's KV cache is kept, which tokens, and when."""
+
+    model_config = ConfigDict(
+        frozen=True, extra="forbid", strict=True, allow_inf_nan=False, use_attribute_docstrings=True
+    )
+
+    mode: Literal["always"] = "always"
+    """When to evict. `always` holds every request to its budget, however empty the pool is."""
+
+    keep_ratio: float = Field(default=0.1, gt=0, le=1)
+    """Share of a request's tokens that stay in the KV cache. 1 keeps everything."""
+
+    min_tokens: int = Field(default=256, ge=0)
+    """Requests shorter than this many tokens are left alone. It bounds `keep_ratio` from below."""
+
+    sink_tokens: int = Field(default=4, ge=0)
+    """Tokens at the start of a request that are never evicted. Attention parks unused weight on them."""
+
+    recent_tokens: int = Field(default=32, ge=1)
+    """Newest tokens of a request that are never evicted. Must be at least `window`."""
+
+    window: int = Field(default=16, ge=1, le=256)
+    """How many of the newest queries are remembered per layer to score tokens with."""
+
+    interval: int = Field(default=128, ge=1)
+    """Tokens a request may grow beyond its budget while decoding before it is compacted again."""
+
+    scorer: str = Field(default="delta", min_length=1)
+    """Which tokens matter: the name of a scorer. `deltamem scorers` lists the installed ones."""
+
+    seed: int = Field(default=0, ge=0)
+    """Seed of scorers that draw random numbers (`random`). Others ignore it."""
+
+    @model_validator(mode="after")
+    def _recent_covers_window(self) -> DeltaMemConfig:
+        if self.recent_tokens < self.window:
+            raise ValueError(
+                f"recent_tokens={self.recent_tokens} is smaller than window={self.window}, but the queries "
+                "that score the cache belong to tokens that must still be in it; "
+                f"set recent_tokens to at least {self.window}, or window to at most {self.recent_tokens}"
+            )
+        return self
+
+    @classmethod
+    def from_additional_config(cls, additional_config: object) -> DeltaMemConfig:
+        """The configuration inside vLLM's ``additional_config``; it must be there (see `is_active`)."""
+        if not is_active(additional_config):
+            raise ConfigError(
+                f"deltamem config: additional_config has no key {CONFIG_KEY!r}, so the policy is off. "
+                'Start with --kv-cache-policy deltamem, or LLM(..., additional_config={"deltamem": {}}).'
+            )
+        assert isinstance(additional_config, Mapping)
+        return cls.from_dict(additional_config[CONFIG_KEY])
+
+    @classmethod
+    def from_dict(cls, given: object) -> DeltaMemConfig:
+        """Build the configuration from the JSON object under `CONFIG_KEY`, the rest from the defaults.
+
+        Raises
+        ------
+        ConfigError
+            One error that names every bad key or value, what is allowed and how to fix it.
+        """
+        check_fields(given)
+        assert isinstance(given, Mapping)
+        try:
+            return cls(**given)
+        except ValidationError as error:
+            problems = "; ".join(str(detail["ctx"]["error"]) for detail in error.errors())
+            raise ConfigError(f"deltamem config: {problems}.") from error
+
+    def to_json_dict(self) -> dict[str, Any]:
+        """The fully resolved configuration as plain JSON values, defaults included."""
+        return self.model_dump(mode="json")
+
+    def check_scorer(self, available: Iterable[str] | None = None) -> None:
+        """Raise `ConfigError` unless `scorer` is installed.
+
+        Separate from construction because the registry imports torch and other packages' entry points.
+        """
+        if available is None:
+            from deltamem_vllm.scoring.registry import available_scorers
+
+            available = available_scorers()
+        names = sorted(available)
+        if self.scorer not in names:
+            raise ConfigError(
+                f"deltamem config: unknown scorer {self.scorer!r}{_nearest(self.scorer, names)}; "
+                f"available: {', '.join(names)}. `deltamem scorers` describes them; packages add theirs "
+                "through the entry-point group 'deltamem.scorers'."
+            )
+
+
+def is_active(additional_config: object) -> bool:
+    """Whether vLLM's ``additional_config`` turns the policy on."""
+    return isinstance(additional_config, Mapping) and CONFIG_KEY in additional_config
+
+
+def check_fields(given: object) -> None:
+    """Check names and ranges of single fields; what two fields owe each other needs all of them.
+
+    Used on each ``--deltamem-config`` on its own, so that argparse can say which flag was wrong.
+    """
+    if not isinstance(given, Mapping):
+        raise ConfigError(
+            f"deltamem config: got {type(given).__name__} {given!r}, expected a JSON object. "
+            "Give one like '{\"keep_ratio\": 0.25}', or {} for the defaults."
+        )
+    fields = DeltaMemConfig.model_fields
+    problems = [
+        f"unknown key {key!r}{_nearest(str(key), fields)}; valid keys: {', '.join(fields)}"
+        for key in given
+        if key not in fields
+    ]
+    try:
+        DeltaMemConfig(**{key: value for key, value in given.items() if key in fields})
+    except ValidationError as error:
+        # Rules between fields have no location; they are for the complete configuration.
+        problems += [_describe(detail) for detail in error.errors() if detail["loc"]]
+    if problems:
+        raise ConfigError("deltamem config: " + "; ".join(problems) + ".")
+
+
+def field_help() -> list[str]:
+    """One line per field: name, type, default and the first sentence of its docstring."""
+    return [
+        f"{name}: {_type_name(name)} = {field.default!r} [{_allowed(name)}]: "
+        f"{_first_sentence(field.description)}"
+        for name, field in DeltaMemConfig.model_fields.items()
+    ]
+
+
+def help_text() -> str:
+    """`field_help` as a list that vLLM's argument parser keeps on separate lines."""
+    return "\n".join(f"- {line}" for line in field_help())
+
+
+def _describe(detail: ErrorDetails) -> str:
+    name = str(detail["loc"][0])
+    default = DeltaMemConfig.model_fields[name].default
+    return (
+        f"{name}: got {detail['input']!r}, allowed: {_type_name(name)}, {_allowed(name)}; "
+        f"give such a value or leave it out for the default {default!r}"
+    )
+
+
+def _type_name(name: str) -> str:
+    annotation = DeltaMemConfig.__annotations__[name]
+    return "str" if str(annotation).startswith("Literal") else str(annotation)
+
+
+def _allowed(name: str) -> str:
+    """The range of a field in words, read from its own constraints so that the two cannot differ."""
+    field = DeltaMemConfig.model_fields[name]
+    choices = getattr(field.annotation, "__args__", ())
+    if choices:
+        return "one of " + ", ".join(repr(choice) for choice in choices)
+    words = []
+    for limit in field.metadata:
+        if isinstance(limit, Gt):
+            words.append(f"> {limit.gt}")
+        elif isinstance(limit, Ge):
+            words.append(f">= {limit.ge}")
+        elif isinstance(limit, Lt):
+            words.append(f"< {limit.lt}")
+        elif isinstance(limit, Le):
+            words.append(f"<= {limit.le}")
+    if name == "scorer":
+        return "an installed scorer"
+    return " and ".join(words)
+
+
+def _first_sentence(text: str | None) -> str:
+    return re.split(r"(?<=\.)\s", " ".join((text or "").split()), maxsplit=1)[0]
+
+
+def _nearest(name: str, known: Iterable[str]) -> str:
+    close = difflib.get_close_matches(name, list(known), n=1)
+    return f" (did you mean {close[0]!r}?)" if close else ""

@@ -1,0 +1,109 @@
+# SPDX-License-Identifier: Apache-2.0
+# SPDX-FileCopyrightText: Copyright contributors to the deltamem project
+"""The configuration model and the supported range of vLLM."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from typing import Any
+
+import pytest
+from pydantic import ValidationError
+
+from deltamem_vllm.config import ConfigError, DeltaMemConfig, check_fields, field_help, is_active
+from deltamem_vllm.versions import SUPPORTED_VLLM, UnsupportedVLLM, check_vllm_version
+
+
+def test_defaults_survive_a_round_trip_through_json() -> None:
+    config = DeltaMemConfig.from_dict({})
+    again = json.loads(json.dumps(config.to_json_dict()))
+    assert set(again) == set(DeltaMemConfig.model_fields)
+    assert DeltaMemConfig.from_dict(again) == config
+
+
+def test_presence_of_the_key_turns_the_policy_on() -> None:
+    assert is_active({"deltamem": {}})
+    assert not is_active({"other": 1})
+    assert not is_active(None)
+    assert DeltaMemConfig.from_additional_config({"deltamem": {"keep_ratio": 1}, "other": 1}).keep_ratio == 1
+    with pytest.raises(ConfigError, match="--kv-cache-policy deltamem"):
+        DeltaMemConfig.from_additional_config({"other": 1})
+
+
+@pytest.mark.parametrize(
+    ("given", "words"),
+    [
+        (
+            {"keep_ration": 0.1},
+            ["'keep_ration'", "did you mean 'keep_ratio'", "valid keys: mode, keep_ratio"],
+        ),
+        ({"keep_ratio": 0}, ["keep_ratio: got 0", "> 0 and <= 1", "default 0.1"]),
+        ({"keep_ratio": 1.5}, ["got 1.5", "> 0 and <= 1"]),
+        ({"keep_ratio": float("nan")}, ["got nan", "> 0 and <= 1"]),
+        ({"keep_ratio": "0.1"}, ["got '0.1'", "float"]),
+        ({"window": True}, ["got True", "int, >= 1 and <= 256"]),
+        ({"window": 257, "recent_tokens": 300}, ["window: got 257", "<= 256"]),
+        ({"interval": 0}, ["interval: got 0", ">= 1"]),
+        ({"min_tokens": 1.5}, ["min_tokens: got 1.5", "int, >= 0"]),
+        ({"mode": "pressure"}, ["mode: got 'pressure'", "one of 'always'"]),
+        ({"recent_tokens": 8}, ["recent_tokens=8", "window=16", "at least 16", "at most 8"]),
+        ({"sink_tokens": -1, "seed": -1}, ["sink_tokens: got -1", "seed: got -1"]),
+        (None, ["NoneType", "JSON object"]),
+        ([1], ["list", "JSON object"]),
+    ],
+)
+def test_bad_values_say_what_was_given_and_what_is_allowed(given: Any, words: list[str]) -> None:
+    with pytest.raises(ConfigError) as error:
+        DeltaMemConfig.from_dict(given)
+    for word in words:
+        assert word in str(error.value)
+
+
+def test_single_fields_are_checked_without_rules_between_fields() -> None:
+    check_fields({"window": 64})
+    with pytest.raises(ConfigError):
+        DeltaMemConfig.from_dict({"window": 64})
+
+
+def test_it_cannot_be_changed() -> None:
+    with pytest.raises(ValidationError, match="frozen"):
+        DeltaMemConfig().keep_ratio = 0.5  # type: ignore[misc]
+
+
+def test_every_field_is_documented() -> None:
+    lines = dict(zip(DeltaMemConfig.model_fields, field_help(), strict=True))
+    for name, line in lines.items():
+        assert line.startswith(f"{name}: ")
+        assert line.endswith(".")
+        assert "\n" not in line
+    assert lines["window"].startswith("window: int = 16 [>= 1 and <= 256]: How many")
+
+
+def test_scorers_are_looked_up_by_name() -> None:
+    DeltaMemConfig().check_scorer()
+    with pytest.raises(ConfigError, match=r"'snapvk' \(did you mean 'snapkv'\?\); available: delta, snapkv"):
+        DeltaMemConfig(scorer="snapvk").check_scorer(["snapkv", "delta"])
+
+
+def test_pure_modules_import_neither_torch_nor_vllm() -> None:
+    code = (
+        "import sys, deltamem_vllm.config, deltamem_vllm.request_options, deltamem_vllm.versions, "
+        "deltamem_vllm.plugin; print(sorted({'torch', 'vllm'} & set(sys.modules)))"
+    )
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert out.stdout.strip() == "[]"
+
+
+@pytest.mark.parametrize("version", ["0.32.0", "0.32.0+cpu", "0.32.1", "0.32.1rc1"])
+def test_supported_vllm(version: str) -> None:
+    check_vllm_version(version)
+
+
+@pytest.mark.parametrize("version", ["0.31.9", "0.33.0", "0.33.0.dev1", "1.0", "dev"])
+def test_unsupported_vllm(version: str) -> None:
+    with pytest.raises(UnsupportedVLLM) as error:
+        check_vllm_version(version)
+    assert version in str(error.value)
+    assert SUPPORTED_VLLM in str(error.value)
