@@ -111,7 +111,9 @@ class DeltaMemManager(FullAttentionManager):
         count = cdiv(keep, self.block_size)
         if in_place:
             # A block that is rewritten may not stay a prefix-cache entry.
-            self.block_pool.evict_blocks({b.block_id for b in old if not self.block_pool.is_block_writable(b)})
+            self.block_pool.evict_blocks(
+                {b.block_id for b in old if not self.block_pool.is_block_writable(b)}
+            )
             new, freed = old[:count], old[count:]
         else:
             new, freed = self.block_pool.get_new_blocks(count), old

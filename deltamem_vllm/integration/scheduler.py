@@ -109,7 +109,12 @@ class DeltaMemSchedulerMixin:
             admission = Admission(max_blocks=None, reserve=reserve)
         else:
             bound = peak_blocks(
-                budget, prompt, new, self._block_size, self.vllm_config.max_in_flight_tokens, self.max_model_len
+                budget,
+                prompt,
+                new,
+                self._block_size,
+                self.vllm_config.max_in_flight_tokens,
+                self.max_model_len,
             )
             admission = Admission(max_blocks=min(bound, self._usable_blocks), reserve=0)
             # Cached blocks of a prompt longer than the pool could fill it before its first chunk fits.
@@ -220,7 +225,9 @@ class DeltaMemSchedulerMixin:
         self.deltamem.count("evicted_tokens", logical - before - keep)
         self.deltamem.count("freed_blocks", len(source) - len(target))
         return [
-            _Compacted(request, tuple(source), tuple(target), logical - before, keep, logical, before, in_place)
+            _Compacted(
+                request, tuple(source), tuple(target), logical - before, keep, logical, before, in_place
+            )
         ]
 
     def _plan(self, done: _Compacted) -> CompactionPlan:
@@ -244,7 +251,9 @@ class DeltaMemSchedulerMixin:
 
     # ---- numbers -----------------------------------------------------------------------------------------------
 
-    def update_from_output(self, scheduler_output: SchedulerOutput, model_runner_output: ModelRunnerOutput) -> Any:
+    def update_from_output(
+        self, scheduler_output: SchedulerOutput, model_runner_output: ModelRunnerOutput
+    ) -> Any:
         for metric, microseconds in getattr(model_runner_output, "deltamem_timings", {}).items():
             self.deltamem.count(metric, microseconds)
         return super().update_from_output(scheduler_output, model_runner_output)  # type: ignore[misc]

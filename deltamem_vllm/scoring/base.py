@@ -2,9 +2,9 @@
 # SPDX-FileCopyrightText: Copyright contributors to the deltamem project
 """What every scorer shares: the view it reads, the interface it fills, and the choice of survivors.
 
-The worker builds one :class:`ScoreView` per layer and request, asks a :class:`Scorer` for a score per resident
-entry and hands the result to :func:`select_survivors`. A scorer never decides how many entries stay (the
-scheduler does) and never protects any (selection does).
+The worker builds one :class:`ScoreView` per layer and request, asks a :class:`Scorer` for a score per
+resident entry and hands the result to :func:`select_survivors`. A scorer never decides how many entries stay
+(the scheduler does) and never protects any (selection does).
 """
 
 from __future__ import annotations
@@ -34,7 +34,8 @@ class ScoreView:
         ``[H_kv, n, D_v]``, model dtype, same order.
     queries
         ``[H_q, w, D]``, model dtype, RoPE applied, oldest first: query ``i`` belongs to resident entry
-        ``n - w + i``. None for scorers that ask for no queries. Query head ``h`` reads kv head ``h // (H_q / H_kv)``.
+        ``n - w + i``; query head ``h`` reads kv head ``h // (H_q / H_kv)``. None for scorers that ask for
+        none.
     scale
         Factor on ``q . k`` before the softmax, usually ``D ** -0.5``.
     layer
@@ -66,7 +67,8 @@ class ScoreView:
             )
         if not 1 <= queries.shape[1] <= keys.shape[1]:
             raise ValueError(
-                f"the window must hold 1 to {keys.shape[1]} queries (one per resident entry), got {queries.shape[1]}"
+                f"the window must hold 1 to {keys.shape[1]} queries (one per resident entry), "
+                f"got {queries.shape[1]}"
             )
 
     @property
@@ -100,7 +102,8 @@ class ScoreView:
         Returns
         -------
         Tensor
-            ``[H_kv, G, w, n]`` float32, freshly allocated. Query ``i`` sees entries up to its own, ``n - w + i``.
+            ``[H_kv, G, w, n]`` float32, freshly allocated. Query ``i`` sees entries up to its own,
+            ``n - w + i``.
         """
         if self.queries is None:
             raise ValueError("this view carries no queries: the scorer must set needs_queries = True")
@@ -122,8 +125,8 @@ class ScoreView:
 class Scorer(ABC):
     """One way to say which cached tokens matter.
 
-    Subclasses set ``name``, ``summary`` and ``source`` and implement :meth:`score`. They keep no state between
-    calls, draw nothing from global generators and never wait for the device.
+    Subclasses set ``name``, ``summary`` and ``source`` and implement :meth:`score`. They keep no state
+    between calls, draw nothing from global generators and never wait for the device.
     """
 
     name: ClassVar[str]
@@ -154,9 +157,9 @@ class Scorer(ABC):
 def select_survivors(scores: Tensor, keep: int, sink: int, recent: int) -> Tensor:
     """Choose which entries each kv head keeps.
 
-    The first ``sink`` and last ``recent`` entries always stay; the rest of ``keep`` goes to the highest scores.
-    Of equal scores the newer entry stays, so the result is the same on every device. NaN ranks below every
-    number. Runs without waiting for the device: no data-dependent shapes.
+    The first ``sink`` and last ``recent`` entries always stay; the rest of ``keep`` goes to the highest
+    scores. Of equal scores the newer entry stays, so the result is the same on every device. NaN ranks below
+    every number. Runs without waiting for the device: no data-dependent shapes.
 
     Parameters
     ----------
@@ -187,8 +190,9 @@ def select_survivors(scores: Tensor, keep: int, sink: int, recent: int) -> Tenso
     index = torch.arange(n, device=scores.device)
     if keep == n:
         return index.expand(heads, n).contiguous()
-    # One integer per entry, (score, index), makes all entries distinct: top-k is then deterministic although it
-    # is not stable. Adding 0.0 turns -0.0 into 0.0; flipping the magnitude bits of negatives orders the patterns.
+    # One integer per entry, (score, index), makes all entries distinct: top-k is then deterministic although
+    # it is not stable. Adding 0.0 turns -0.0 into 0.0; flipping the magnitude bits of negatives orders the
+    # bit patterns like the numbers.
     clean = torch.where(scores.isnan(), float("-inf"), scores.float()) + 0.0
     bits = clean.contiguous().view(torch.int32)
     rank = (bits ^ ((bits >> 31) & 0x7FFFFFFF)).long()

@@ -13,10 +13,11 @@ from deltamem_vllm.scoring.base import Scorer, ScoreView
 class DeltaScorer(Scorer):
     """Delta-score, the default: the distance the output moves without this entry.
 
-    A query with weights ``a`` over the resident entries has the output ``o = sum_i a_i v_i``. Without entry j the
-    other weights grow by ``1 / (1 - a_j)`` and the output moves by exactly ``a_j / (1 - a_j) * ||v_j - o||``.
-    An entry scores the largest move it causes to any query of the window and of the group: one query that needs
-    it is enough to keep it. An entry that is all a query sees scores ``||v_j||``. The closed form is that of CAOTE; the maximum over queries and group is ours.
+    A query with weights ``a`` over the resident entries has the output ``o = sum_i a_i v_i``. Without entry j
+    the other weights grow by ``1 / (1 - a_j)`` and the output moves by exactly
+    ``a_j / (1 - a_j) * ||v_j - o||``. An entry scores the largest move it causes to any query of the window
+    and of the group: one query that needs it is enough to keep it. An entry that is all a query sees scores
+    ``||v_j||``. The closed form is that of CAOTE; the maximum over queries and group is ours.
     """
 
     name = "delta"
@@ -27,8 +28,8 @@ class DeltaScorer(Scorer):
     def score(self, view: ScoreView) -> Tensor:
         logits = view.logits().flatten(1, 2)  # [H_kv, R, n] with R = G * w queries
         values = view.values_f32
-        # The heaviest entry of each query is taken out and treated apart: only its weight can come near 1, where
-        # both 1 - a and v - o would be rounding noise. Every other entry has a <= 1/2.
+        # The heaviest entry of each query is taken out and treated apart: only its weight can come near 1,
+        # where both 1 - a and v - o would be rounding noise. Every other entry has a <= 1/2.
         top, where = logits.max(-1, keepdim=True)  # [H_kv, R, 1]
         logits.scatter_(-1, where, float("-inf"))
         second = logits.amax(-1, keepdim=True).clamp_(min=torch.finfo(torch.float32).min)
@@ -47,7 +48,7 @@ class DeltaScorer(Scorer):
         moved2.add_(output.square().sum(-1, keepdim=True))
         # (1 - a) / a: inf where a is 0 (hidden, vanished, or the top entry), and dividing by that gives 0.
         odds_against = others.mul_(rest_weight / total).reciprocal_().sub_(1.0)
-        # The maximum of squares is the square of the maximum. Rounding may leave one below zero, hence the clamp.
+        # The root comes after the maximum: fewer of them. Rounding may leave a square below zero.
         scores = moved2.div_(odds_against).div_(odds_against).amax(1).clamp_(min=0.0).sqrt_()
         moved_top = torch.linalg.vector_norm(step, dim=-1)  # [H_kv, R]
         return scores.scatter_reduce_(1, where.squeeze(-1), moved_top, "amax")

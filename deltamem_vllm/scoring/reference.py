@@ -16,7 +16,7 @@ from deltamem_vllm.scoring.base import ScoreView
 
 
 def weights_of(view: ScoreView, query_head: int, i: int) -> list[float]:
-    """Softmax weights of window query ``i`` of one query head over all n entries; 0 for entries it cannot see."""
+    """Softmax weights of window query ``i`` of one query head over all n entries; 0 where it cannot see."""
     assert view.queries is not None, "only scorers with queries ask for weights"
     group = view.queries.shape[0] // view.num_kv_heads
     keys = view.keys[query_head // group].double()
@@ -58,7 +58,7 @@ def delta(view: ScoreView) -> Tensor:
 
 
 def snapkv(view: ScoreView, kernel: int = 7) -> Tensor:
-    """Window-mean attention, maximum over ``kernel`` neighbours before the window; the window gets the top score."""
+    """Window-mean attention, maximum over ``kernel`` neighbours; the window itself gets the top score."""
     assert view.queries is not None, "SnapKV needs queries"
     heads, n, window = view.num_kv_heads, view.num_resident, view.queries.shape[1]
     group = view.queries.shape[0] // heads

@@ -112,8 +112,8 @@ def _resolve(name: str) -> type[Scorer] | str:
     loaded = [_load(name, path) for path in paths]
     if any(other is not loaded[0] for other in loaded[1:]):
         raise ValueError(
-            f"scorer name {name!r} is claimed by different entry points of group {GROUP!r}: {', '.join(paths)}; "
-            f"uninstall one of the packages or rename its entry point"
+            f"scorer name {name!r} is claimed by different entry points of group {GROUP!r}: "
+            f"{', '.join(paths)}; uninstall one of the packages or rename its entry point"
         )
     return loaded[0]
 

@@ -15,8 +15,9 @@ _KERNEL = 7
 class SnapKVScorer(Scorer):
     """Mean attention of the window queries, max-pooled over 7 neighbouring entries.
 
-    Pooling keeps what surrounds a hit together with it. As in the paper the window itself is outside the pooling and
-    always kept: its entries get the highest score of their head. Queries that share a kv head are averaged.
+    Pooling keeps what surrounds a hit together with it. As in the paper the window itself is outside the
+    pooling and always kept: its entries get the highest score of their head. Queries that share a kv head are
+        averaged.
     """
 
     name = "snapkv"

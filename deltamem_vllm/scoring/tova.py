@@ -12,8 +12,8 @@ from deltamem_vllm.scoring.base import Scorer, ScoreView
 class TOVAScorer(Scorer):
     """Attention of the last query, averaged over the heads of the layer.
 
-    Every kv head of a layer keeps the same tokens. With tensor parallelism the mean is over the heads of one rank,
-    so ranks may differ.
+    Every kv head of a layer keeps the same tokens. With tensor parallelism the mean is over the heads of one
+    rank, so ranks may differ.
     """
 
     name = "tova"
