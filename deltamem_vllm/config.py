@@ -152,8 +152,7 @@ def check_fields(given: object) -> None:
 def field_help() -> list[str]:
     """One line per field: name, type, default and the first sentence of its docstring."""
     return [
-        f"{name}: {_type_name(name)} = {field.default!r} [{_allowed(name)}]: "
-        f"{_first_sentence(field.description)}"
+        f"{name}: {_type_name(name)} = {field.default!r} [{_allowed(name)}]: {_first_sentence(field.description)}"
         for name, field in DeltaMemConfig.model_fields.items()
     ]
 

@@ -129,9 +129,7 @@ METRICS: tuple[Metric, ...] = (
         "gauge",
         "Tokens the live requests have computed, evicted ones included.",
     ),
-    Metric(
-        "resident_bytes", "resident_bytes", "gauge", "KV bytes of the resident tokens of the live requests."
-    ),
+    Metric("resident_bytes", "resident_bytes", "gauge", "KV bytes of the resident tokens of the live requests."),
     Metric(
         "logical_bytes",
         "logical_bytes",

@@ -21,9 +21,7 @@ def _field(row: Metric) -> tuple[Any, Any]:
 
 
 def _numbers(name: str, doc: str, kind: Literal["counter", "gauge"]) -> type[BaseModel]:
-    fields: dict[str, Any] = {
-        row.name: _field(row) for row in METRICS if row.kind == kind and row.side == "engine"
-    }
+    fields: dict[str, Any] = {row.name: _field(row) for row in METRICS if row.kind == kind and row.side == "engine"}
     return create_model(name, __doc__=doc, __config__=ConfigDict(extra="forbid"), **fields)
 
 
@@ -49,9 +47,7 @@ class Pool(BaseModel):
     """vLLM's KV block pool."""
 
     blocks: int = Field(description="Blocks that requests can use.")
-    free_blocks: int = Field(
-        description="Blocks no live request holds; they may still be prefix-cache entries."
-    )
+    free_blocks: int = Field(description="Blocks no live request holds; they may still be prefix-cache entries.")
     block_tokens: int = Field(description="Tokens per block.")
     block_bytes: int = Field(description="Bytes of one block over all layers, on one tensor-parallel rank.")
 

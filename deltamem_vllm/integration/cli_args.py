@@ -39,8 +39,7 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
         POLICY_FLAG,
         choices=POLICIES,
         default=None,
-        help="What decides which tokens stay in the KV cache. "
-        "`none`, or leaving it out, is vLLM's own: all of them.",
+        help="What decides which tokens stay in the KV cache. `none`, or leaving it out, is vLLM's own: all of them.",
     )
     group.add_argument(
         CONFIG_FLAG,
@@ -48,13 +47,10 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
         action=_JoinAction,
         default=None,
         metavar="JSON",
-        help=f"Settings of the policy, each also as {CONFIG_FLAG}.NAME VALUE:\n"
-        + help_text().replace("%", "%%"),
+        help=f"Settings of the policy, each also as {CONFIG_FLAG}.NAME VALUE:\n" + help_text().replace("%", "%%"),
     )
     stock = parser._option_string_actions["--additional-config"]
-    assert type(stock) is argparse._StoreAction, (
-        "vLLM's --additional-config is no plain store action any more"
-    )
+    assert type(stock) is argparse._StoreAction, "vLLM's --additional-config is no plain store action any more"
     stock.__class__ = _RememberingStoreAction
     _fold_after_parsing(parser)
 
@@ -127,9 +123,7 @@ def _json_config(text: str) -> dict[str, Any]:
 class _JoinAction(argparse.Action):
     """Repeated occurrences are joined; for one key the later wins: a command line over its YAML file."""
 
-    def __call__(
-        self, parser: Any, namespace: argparse.Namespace, values: Any, option_string: Any = None
-    ) -> None:
+    def __call__(self, parser: Any, namespace: argparse.Namespace, values: Any, option_string: Any = None) -> None:
         earlier = getattr(namespace, self.dest) or {}
         for key in earlier.keys() & values.keys():
             if earlier[key] != values[key]:
@@ -140,9 +134,7 @@ class _JoinAction(argparse.Action):
 class _RememberingStoreAction(argparse._StoreAction):
     """vLLM's store action, which also keeps what it replaces until `fold` knows whether to join."""
 
-    def __call__(
-        self, parser: Any, namespace: argparse.Namespace, values: Any, option_string: Any = None
-    ) -> None:
+    def __call__(self, parser: Any, namespace: argparse.Namespace, values: Any, option_string: Any = None) -> None:
         previous = getattr(namespace, self.dest, self.default)
         if previous is not self.default:
             setattr(namespace, _EARLIER, [*getattr(namespace, _EARLIER, []), previous])

@@ -83,9 +83,7 @@ class Compactor:
         taken, self._timings = self._timings, dict.fromkeys(self._timings, 0)
         return taken
 
-    def _choose(
-        self, plan: CompactionPlan, layer: int, keys: Tensor, values: Tensor, rows: Tensor | None
-    ) -> Tensor:
+    def _choose(self, plan: CompactionPlan, layer: int, keys: Tensor, values: Tensor, rows: Tensor | None) -> Tensor:
         queries = None
         if rows is not None and self._window is not None:
             queries = self._window.rings[layer].index_select(0, rows).transpose(0, 1)

@@ -72,8 +72,7 @@ def verify_ledger(entries: Sequence[Patch] | None = None) -> None:
         found = _found(entry)
         if found != entry.expected_signature:
             problems.append(
-                f"  {entry.target} ({entry.how}): expected {_shown(entry.expected_signature)}, "
-                f"found {_shown(found)}"
+                f"  {entry.target} ({entry.how}): expected {_shown(entry.expected_signature)}, found {_shown(found)}"
             )
     if problems:
         from vllm import __version__

@@ -201,9 +201,7 @@ LEDGER: tuple[Patch, ...] = (
         "a public block API",
         "self, num_blocks",
     ),
-    Patch(
-        f"{_POOL}.free_blocks", "used", "returns the old blocks", "a public block API", "self, ordered_blocks"
-    ),
+    Patch(f"{_POOL}.free_blocks", "used", "returns the old blocks", "a public block API", "self, ordered_blocks"),
     Patch(f"{_POOL}.get_num_free_blocks", "used", "room for the copy", "a public block API", "self"),
     Patch(f"{_POOL}.is_block_writable", "used", "whether a block has a hash", "as above", "self, block"),
     Patch(
@@ -214,9 +212,7 @@ LEDGER: tuple[Patch, ...] = (
         "self, block_ids",
     ),
     # Worker processes.
-    Patch(
-        f"{_GPU_WORKER}.get_kv_cache_spec", "subclassed", "asks for our block manager", "none planned", "self"
-    ),
+    Patch(f"{_GPU_WORKER}.get_kv_cache_spec", "subclassed", "asks for our block manager", "none planned", "self"),
     Patch(
         f"{_GPU_WORKER}.initialize_from_config",
         "subclassed",
@@ -267,9 +263,7 @@ LEDGER: tuple[Patch, ...] = (
         "as on the GPU",
         "self, scheduler_output",
     ),
-    Patch(
-        f"{_CPU_WORKER}.sample_tokens", "subclassed", "as on the GPU", "as on the GPU", "self, grammar_output"
-    ),
+    Patch(f"{_CPU_WORKER}.sample_tokens", "subclassed", "as on the GPU", "as on the GPU", "self, grammar_output"),
     # Model Runner V1.
     Patch(
         "vllm.v1.worker.gpu_model_runner:GPUModelRunner._update_states",

@@ -65,12 +65,8 @@ class DeltaMemManager(FullAttentionManager):
         # vLLM compares the answer with the free blocks: asking for more leaves the reserve untouched.
         return needed + reserve
 
-    def allocate_new_blocks(
-        self, request_id: str, num_tokens: int, *args: Any, **kwargs: Any
-    ) -> list[KVCacheBlock]:
-        return super().allocate_new_blocks(
-            request_id, num_tokens - self.evicted.get(request_id, 0), *args, **kwargs
-        )
+    def allocate_new_blocks(self, request_id: str, num_tokens: int, *args: Any, **kwargs: Any) -> list[KVCacheBlock]:
+        return super().allocate_new_blocks(request_id, num_tokens - self.evicted.get(request_id, 0), *args, **kwargs)
 
     def cache_blocks(self, request: Any, num_tokens: int, *args: Any, **kwargs: Any) -> None:
         # A compacted block's content no longer belongs to a position, and the KV of later tokens depends on what
@@ -95,9 +91,7 @@ class DeltaMemManager(FullAttentionManager):
         """Whether the request is the only owner of all its blocks, so that they may be rewritten."""
         return all(not b.is_null and b.ref_cnt == 1 for b in self.req_to_blocks[request_id])
 
-    def compact(
-        self, request_id: str, keep: int, evicted: int, in_place: bool
-    ) -> tuple[Sequence[int], Sequence[int]]:
+    def compact(self, request_id: str, keep: int, evicted: int, in_place: bool) -> tuple[Sequence[int], Sequence[int]]:
         """Swap the request's blocks for those of its survivors and free the rest.
 
         Fresh blocks are taken before the old ones are freed, so source and destination of one copy never overlap.
@@ -111,9 +105,7 @@ class DeltaMemManager(FullAttentionManager):
         count = cdiv(keep, self.block_size)
         if in_place:
             # A block that is rewritten may not stay a prefix-cache entry.
-            self.block_pool.evict_blocks(
-                {b.block_id for b in old if not self.block_pool.is_block_writable(b)}
-            )
+            self.block_pool.evict_blocks({b.block_id for b in old if not self.block_pool.is_block_writable(b)})
             new, freed = old[:count], old[count:]
         else:
             new, freed = self.block_pool.get_new_blocks(count), old

@@ -103,16 +103,12 @@ def _cache_dtype(c: VllmConfig) -> str | None:
 def _context_parallel(c: VllmConfig) -> str | None:
     p = c.parallel_config
     dcp, pcp = p.decode_context_parallel_size, p.prefill_context_parallel_size
-    return _when(
-        max(dcp, pcp) > 1, f"decode_context_parallel_size={dcp}, prefill_context_parallel_size={pcp}"
-    )
+    return _when(max(dcp, pcp) > 1, f"decode_context_parallel_size={dcp}, prefill_context_parallel_size={pcp}")
 
 
 def _moe_data_parallel(c: VllmConfig) -> str | None:
     p = c.parallel_config
-    return _when(
-        p.data_parallel_size > 1 and p.is_moe_model, f"data_parallel_size={p.data_parallel_size}, experts"
-    )
+    return _when(p.data_parallel_size > 1 and p.is_moe_model, f"data_parallel_size={p.data_parallel_size}, experts")
 
 
 CONFIG_REFUSALS: tuple[Refusal[VllmConfig], ...] = (
@@ -124,9 +120,7 @@ CONFIG_REFUSALS: tuple[Refusal[VllmConfig], ...] = (
     ),
     Refusal(
         "sliding window",
-        lambda c: _when(
-            c.model_config.get_sliding_window(), f"a window of {c.model_config.get_sliding_window()}"
-        ),
+        lambda c: _when(c.model_config.get_sliding_window(), f"a window of {c.model_config.get_sliding_window()}"),
         "full attention in every layer",
         "use a model without sliding-window layers",
     ),
@@ -148,9 +142,7 @@ CONFIG_REFUSALS: tuple[Refusal[VllmConfig], ...] = (
     ),
     Refusal(
         "hybrid or recurrent model",
-        lambda c: _when(
-            c.model_config.is_hybrid or c.model_config.is_attention_free, f"{c.model_config.architecture}"
-        ),
+        lambda c: _when(c.model_config.is_hybrid or c.model_config.is_attention_free, f"{c.model_config.architecture}"),
         "models whose every layer is attention",
         "use a model without Mamba or linear-attention layers",
     ),
@@ -194,9 +186,7 @@ CONFIG_REFUSALS: tuple[Refusal[VllmConfig], ...] = (
     ),
     Refusal(
         "speculative decoding",
-        lambda c: _when(
-            c.speculative_config is not None, f"method={getattr(c.speculative_config, 'method', None)}"
-        ),
+        lambda c: _when(c.speculative_config is not None, f"method={getattr(c.speculative_config, 'method', None)}"),
         "one token per step and request",
         "drop --speculative-config",
     ),
@@ -310,9 +300,7 @@ SPEC_REFUSALS: tuple[Refusal[Specs], ...] = (
         "attention layers",
         "use another model",
     ),
-    Refusal(
-        "layer type", _other_specs, "FullAttentionSpec in every layer", "use a model with full attention only"
-    ),
+    Refusal("layer type", _other_specs, "FullAttentionSpec in every layer", "use a model with full attention only"),
     Refusal(
         "sliding-window layer",
         lambda s: _layers(s, lambda spec: spec.sliding_window is not None),

@@ -19,7 +19,7 @@ from vllm.sampling_params import SamplingParams
 from deltamem_vllm.config import DeltaMemConfig, is_active
 from deltamem_vllm.integration import ledger
 from deltamem_vllm.memory.admission import peak_blocks
-from deltamem_vllm.memory.budgets import FixedBudget
+from deltamem_vllm.memory.budgets import budget_for
 from deltamem_vllm.request_options import KEEP_RATIO, POLICY, RequestOptionError, RequestOptions, own_args
 
 if TYPE_CHECKING:
@@ -45,9 +45,7 @@ def install() -> None:
     ledger.apply("vllm.v1.engine.async_llm:AsyncLLM.generate", _make_generate)
 
 
-def check_request(
-    vllm_config: VllmConfig, params: Any, prompt_len: int | None = None, resumable: bool = False
-) -> None:
+def check_request(vllm_config: VllmConfig, params: Any, prompt_len: int | None = None, resumable: bool = False) -> None:
     """Raise `RequestRefused` if the request cannot be served as asked.
 
     Parameters
@@ -108,7 +106,7 @@ def check_fits(options: RequestOptions, prompt_len: int, max_tokens: int, vllm_c
     # vLLM adds up the pools of all data-parallel engines; one block of each is its null block.
     pool = total // vllm_config.parallel_config.data_parallel_size - 1
     need = peak_blocks(
-        budget_of(options, DeltaMemConfig.from_additional_config(vllm_config.additional_config)),
+        budget_for(options, DeltaMemConfig.from_additional_config(vllm_config.additional_config)),
         prompt_len=prompt_len,
         max_new_tokens=max_tokens,
         block_size=vllm_config.cache_config.block_size,
@@ -124,19 +122,6 @@ def check_fits(options: RequestOptions, prompt_len: int, max_tokens: int, vllm_c
             "more KV memory",
             "max_tokens",
         )
-
-
-def budget_of(options: RequestOptions, config: DeltaMemConfig) -> FixedBudget | None:
-    """The budget of a request with these options; None if it is never evicted."""
-    if not options.enabled:
-        return None
-    return FixedBudget(
-        keep_ratio=options.keep_ratio,
-        min_tokens=options.min_tokens,
-        sink_tokens=config.sink_tokens,
-        recent_tokens=config.recent_tokens,
-        interval=config.interval,
-    )
 
 
 def _refuse(reason: str, message: str, parameter: str | None = None, value: object = None) -> NoReturn:

@@ -45,9 +45,7 @@ class ResidentRows:
 
     def set(self, request_ids: Sequence[str], evicted: Mapping[str, int]) -> None:
         """Take over the evicted counts of a batch whose rows are ``request_ids``."""
-        self.host = np.fromiter(
-            (evicted.get(r, 0) for r in request_ids), dtype=np.int32, count=len(request_ids)
-        )
+        self.host = np.fromiter((evicted.get(r, 0) for r in request_ids), dtype=np.int32, count=len(request_ids))
         self.any = bool(self.host.any())
         self._rows.zero_()
         if self.any:

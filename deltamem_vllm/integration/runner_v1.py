@@ -76,7 +76,7 @@ class RunnerV1Hooks:
 
         table.compute_slot_mapping = compute_slot_mapping
 
-    def _wrap_builder(self, builder: AttentionMetadataBuilder) -> None:
+    def _wrap_builder(self, builder: AttentionMetadataBuilder[Any]) -> None:
         build, state = builder.build, self._state
 
         @wraps(build)

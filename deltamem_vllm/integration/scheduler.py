@@ -23,7 +23,7 @@ from deltamem_vllm.config import DeltaMemConfig
 from deltamem_vllm.integration import spec
 from deltamem_vllm.integration.manager import Admission, DeltaMemManager
 from deltamem_vllm.memory.admission import peak_blocks, reserve_blocks
-from deltamem_vllm.memory.budgets import FixedBudget, cdiv
+from deltamem_vllm.memory.budgets import FixedBudget, budget_for, cdiv
 from deltamem_vllm.memory.plans import CompactionPlan, StepPlan
 from deltamem_vllm.request_options import RequestOptions
 from deltamem_vllm.telemetry import Telemetry
@@ -90,16 +90,9 @@ class DeltaMemSchedulerMixin:
     def _admit(self, request: Request) -> None:
         params = request.sampling_params
         options = RequestOptions.from_extra_args(params.extra_args if params else None, self.deltamem_config)
-        if not options.enabled:
+        budget = budget_for(options, self.deltamem_config)
+        if budget is None:
             return
-        config = self.deltamem_config
-        budget = FixedBudget(
-            keep_ratio=options.keep_ratio,
-            min_tokens=options.min_tokens,
-            sink_tokens=config.sink_tokens,
-            recent_tokens=config.recent_tokens,
-            interval=config.interval,
-        )
         prompt, new = request.num_prompt_tokens, request.max_tokens
         self.deltamem_budgets[request.request_id] = budget
         dense = cdiv(min(prompt + new, self.max_model_len), self._block_size)
@@ -224,11 +217,7 @@ class DeltaMemSchedulerMixin:
         self.deltamem.count("compactions")
         self.deltamem.count("evicted_tokens", logical - before - keep)
         self.deltamem.count("freed_blocks", len(source) - len(target))
-        return [
-            _Compacted(
-                request, tuple(source), tuple(target), logical - before, keep, logical, before, in_place
-            )
-        ]
+        return [_Compacted(request, tuple(source), tuple(target), logical - before, keep, logical, before, in_place)]
 
     def _plan(self, done: _Compacted) -> CompactionPlan:
         request_id = done.request.request_id
@@ -251,9 +240,7 @@ class DeltaMemSchedulerMixin:
 
     # ---- numbers -----------------------------------------------------------------------------------------------
 
-    def update_from_output(
-        self, scheduler_output: SchedulerOutput, model_runner_output: ModelRunnerOutput
-    ) -> Any:
+    def update_from_output(self, scheduler_output: SchedulerOutput, model_runner_output: ModelRunnerOutput) -> Any:
         for metric, microseconds in getattr(model_runner_output, "deltamem_timings", {}).items():
             self.deltamem.count(metric, microseconds)
         return super().update_from_output(scheduler_output, model_runner_output)  # type: ignore[misc]

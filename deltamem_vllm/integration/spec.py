@@ -13,18 +13,8 @@ from vllm.v1.kv_cache_spec_registry import KVCacheSpecRegistry
 from deltamem_vllm.config import DeltaMemConfig
 from deltamem_vllm.integration.manager import DeltaMemManager
 from deltamem_vllm.memory.admission import peak_blocks
-from deltamem_vllm.memory.budgets import FixedBudget
-
-
-def budget_of(config: DeltaMemConfig) -> FixedBudget:
-    """The budget of a request that overrides nothing."""
-    return FixedBudget(
-        keep_ratio=config.keep_ratio,
-        min_tokens=config.min_tokens,
-        sink_tokens=config.sink_tokens,
-        recent_tokens=config.recent_tokens,
-        interval=config.interval,
-    )
+from deltamem_vllm.memory.budgets import budget_for
+from deltamem_vllm.request_options import RequestOptions
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,7 +27,7 @@ class DeltaMemSpec(FullAttentionSpec):
         config = DeltaMemConfig.from_additional_config(vllm_config.additional_config)
         max_model_len = vllm_config.model_config.max_model_len
         blocks = peak_blocks(
-            budget_of(config),
+            budget_for(RequestOptions.from_extra_args(None, config), config),
             prompt_len=max_model_len,
             max_new_tokens=0,
             block_size=self.block_size,
@@ -61,6 +51,4 @@ def register() -> None:
     """Tell vLLM which manager serves our spec. Safe to call again."""
     # vLLM registers its own specs only while the registry is empty: ours must not be the first.
     KVCacheSpecRegistry._ensure_registered()
-    KVCacheSpecRegistry.register(
-        DeltaMemSpec, manager_class=DeltaMemManager, uniform_type_base_spec=FullAttentionSpec
-    )
+    KVCacheSpecRegistry.register(DeltaMemSpec, manager_class=DeltaMemManager, uniform_type_base_spec=FullAttentionSpec)

@@ -50,6 +50,7 @@ class WorkerMemory:
         device = caches[0].device
         self.window: ObservationWindow | None = None
         if scorer.needs_queries:
+            _check_observed(layers, config.scorer)
             heads = [(layer.impl.num_heads, layer.impl.head_size) for layer in layers]
             dtype = vllm_config.model_config.dtype
             self.window = ObservationWindow(config.window, max_requests, max_tokens, heads, dtype, device)
@@ -168,7 +169,19 @@ def window_bytes(vllm_config: Any) -> int:
     model, parallel = vllm_config.model_config, vllm_config.parallel_config
     per_query = model.get_num_attention_heads(parallel) * model.get_head_size() * model.dtype.itemsize
     rows = batch_limits(vllm_config)[0] * config.window + 1
-    return rows * per_query * model.get_num_layers(parallel)
+    return int(rows * per_query * model.get_num_layers(parallel))
+
+
+def _check_observed(layers: list[Any], scorer: str) -> None:
+    blind = sorted(
+        {type(layer.impl).__name__ for layer in layers if not isinstance(layer.impl, backends.ObservesQueries)}
+    )
+    if blind:
+        raise ValueError(
+            f"scorer {scorer!r} reads recent queries, but the attention implementation in use does not record them: "
+            f"found {', '.join(blind)}; supported backends: {', '.join(backends.OBSERVED)}. Choose one with "
+            "--attention-backend, or a scorer that needs no queries (`deltamem scorers` lists them)."
+        )
 
 
 def _writer(layer: Any) -> Any:
@@ -181,10 +194,10 @@ def _writer(layer: Any) -> Any:
 if current_platform.is_cpu():
     from vllm.v1.worker.cpu_worker import CPUWorker
 
-    class DeltaMemCPUWorker(DeltaMemWorkerMixin, CPUWorker):  # type: ignore[misc]
+    class DeltaMemCPUWorker(DeltaMemWorkerMixin, CPUWorker):
         """vLLM's CPU worker with compaction."""
 else:
     from vllm.v1.worker.gpu_worker import Worker
 
-    class DeltaMemGPUWorker(DeltaMemWorkerMixin, Worker):  # type: ignore[misc]
+    class DeltaMemGPUWorker(DeltaMemWorkerMixin, Worker):
         """vLLM's GPU worker with compaction."""

@@ -7,6 +7,9 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+from deltamem_vllm.config import DeltaMemConfig
+from deltamem_vllm.request_options import RequestOptions
+
 
 def cdiv(a: int, b: int) -> int:
     """Ceiling division of non-negative integers."""
@@ -56,3 +59,16 @@ class FixedBudget:
     def _if_worth(target: int, resident_len: int, block_size: int) -> int | None:
         frees_a_block = cdiv(target, block_size) < cdiv(resident_len, block_size)
         return target if frees_a_block else None
+
+
+def budget_for(options: RequestOptions, config: DeltaMemConfig) -> FixedBudget | None:
+    """The budget of a request with these options; None if the policy is off for it."""
+    if not options.enabled:
+        return None
+    return FixedBudget(
+        keep_ratio=options.keep_ratio,
+        min_tokens=options.min_tokens,
+        sink_tokens=config.sink_tokens,
+        recent_tokens=config.recent_tokens,
+        interval=config.interval,
+    )

@@ -103,9 +103,7 @@ def cached_path(model: EmbeddedModel, *, root: Path | None = None) -> Path:
     """Return the folder of an already converted, intact model; never converts."""
     entry = model.entry(root or cache_root())
     if not entry.exists():
-        raise CacheDamaged(
-            f"{model.name} is not in {entry.path.parent}; run: deltamem model get {model.name}"
-        )
+        raise CacheDamaged(f"{model.name} is not in {entry.path.parent}; run: deltamem model get {model.name}")
     entry.verify()
     return entry.path
 

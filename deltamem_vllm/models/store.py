@@ -92,9 +92,7 @@ class CacheEntry:
         self._remove_scratch()
         free = shutil.disk_usage(self.path.parent).free
         if free < needs_bytes:
-            raise NoSpace(
-                self._no_space(f"{free / 1e6:.0f} MB are free, {needs_bytes / 1e6:.0f} MB are needed")
-            )
+            raise NoSpace(self._no_space(f"{free / 1e6:.0f} MB are free, {needs_bytes / 1e6:.0f} MB are needed"))
         scratch = self._scratch("partial")
         scratch.mkdir()
         try:
@@ -156,8 +154,7 @@ def _write_manifest(folder: Path, identity: dict[str, str | int]) -> None:
     if not files:
         raise ValueError(f"nothing was written to {folder}")
     entries = {
-        str(file.relative_to(folder)): {"bytes": file.stat().st_size, "sha256": sha256_of(file)}
-        for file in files
+        str(file.relative_to(folder)): {"bytes": file.stat().st_size, "sha256": sha256_of(file)} for file in files
     }
     text = json.dumps({"identity": identity, "files": entries}, indent=2) + "\n"
     (folder / MANIFEST).write_text(text, encoding="utf-8")

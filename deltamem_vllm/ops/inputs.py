@@ -12,7 +12,7 @@ from torch import Tensor
 from deltamem_vllm.ops.layout import PageLayout
 
 LAYOUTS = ("slot_major", "keys_transposed", "tiled")
-"""Orders inside a page that vLLM's backends use: FlashAttention's, the CPU kernel's, and a non-affine one like AMX's."""
+"""Orders inside a page: FlashAttention's, the CPU kernel's, and a non-affine one like that of AMX tiles."""
 
 
 @dataclass(frozen=True)
@@ -60,7 +60,5 @@ def make_paged_tokens(
     source, spare = order[:blocks], order[blocks : 2 * blocks]
     cache = torch.full((len(order), heads, block_size, 2 * dim), float("nan"), dtype=dtype)
     cache[source] = torch.randn(blocks, heads, block_size, 2 * dim, generator=generator).to(dtype)
-    survivors = torch.stack(
-        [torch.randperm(tokens, generator=generator)[:keep].sort().values for _ in range(heads)]
-    )
+    survivors = torch.stack([torch.randperm(tokens, generator=generator)[:keep].sort().values for _ in range(heads)])
     return PagedTokens(cache, make_layout(layout, block_size, dim), source, spare, tokens, survivors)

@@ -67,8 +67,7 @@ class ScoreView:
             )
         if not 1 <= queries.shape[1] <= keys.shape[1]:
             raise ValueError(
-                f"the window must hold 1 to {keys.shape[1]} queries (one per resident entry), "
-                f"got {queries.shape[1]}"
+                f"the window must hold 1 to {keys.shape[1]} queries (one per resident entry), got {queries.shape[1]}"
             )
 
     @property

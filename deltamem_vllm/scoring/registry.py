@@ -126,17 +126,13 @@ def _load(name: str, path: str) -> type[Scorer] | str:
         target: Any = import_module(module)
         for part in attribute.split("."):
             target = getattr(target, part)
-    except (
-        Exception
-    ) as error:  # Foreign code: importing it may raise anything, and only its user should suffer.
+    except Exception as error:  # Foreign code: importing it may raise anything, and only its user should suffer.
         if name in BUILTIN and path == BUILTIN[name]:
             raise
         return f"{path} cannot be imported ({type(error).__name__}: {error})"
     if not (isinstance(target, type) and issubclass(target, Scorer)):
         return f"{path} is not a subclass of deltamem_vllm.scoring.base.Scorer"
-    missing = [
-        field for field in ("name", "summary", "source") if not isinstance(getattr(target, field, None), str)
-    ]
+    missing = [field for field in ("name", "summary", "source") if not isinstance(getattr(target, field, None), str)]
     if missing:
         return f"{path} does not set {', '.join(missing)}"
     if target.name != name:

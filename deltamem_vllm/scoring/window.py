@@ -92,14 +92,12 @@ class ObservationWindow:
 
         Returns
         -------
-        A write that covers every token, for a batch in which each row has one token or which runs in a captured
-        graph (``padded > sum(counts)``); otherwise one that lists the recorded tokens only.
+        On a GPU always a write that covers every token of the batch: that is the form a graph was captured with, and
+        the graph replays it. On a CPU, where nothing is captured, only the recorded tokens are listed.
         """
         w = self.window
         slots = np.empty(len(request_ids), dtype=np.int64)
-        for row, (request_id, first, count) in enumerate(
-            zip(request_ids, first_positions, counts, strict=True)
-        ):
+        for row, (request_id, first, count) in enumerate(zip(request_ids, first_positions, counts, strict=True)):
             slot = self._slots.get(request_id)
             if slot is None:
                 slot = self._slots[request_id] = _Slot(self._free.pop())
@@ -120,7 +118,7 @@ class ObservationWindow:
         total = int(count_array.sum())
         if len(token) == total and padded == total:
             return WindowWrite(self._upload(target), None)
-        if padded > total:
+        if padded > total or self._device.type != "cpu":
             full = np.full(padded, self._bin, dtype=np.int64)
             full[token] = target
             return WindowWrite(self._upload(full), None)

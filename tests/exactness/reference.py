@@ -89,12 +89,8 @@ class Reference:
             indices = [i for i, step in enumerate(output.steps) if start <= step < end]
             if not indices:
                 continue
-            events = [
-                c for c in result.compactions if _same(c.request, output.request) and start <= c.step < end
-            ]
-            masked = (
-                self._logprobs(inputs, self._masks(len(inputs), result, events, shift)) if events else dense
-            )
+            events = [c for c in result.compactions if _same(c.request, output.request) and start <= c.step < end]
+            masked = self._logprobs(inputs, self._masks(len(inputs), result, events, shift)) if events else dense
             for i in indices:
                 at, token = first + i, output.tokens[i]
                 checks.append(
@@ -135,23 +131,17 @@ class Reference:
     def _check_event(self, event: Compaction, resident: Tensor, survivors: Tensor) -> None:
         before = resident.shape[-1]
         where = f"compaction of {event.request} in step {event.step}"
-        assert event.resident_before == before, (
-            f"{where}: {event.resident_before} resident tokens, expected {before}"
-        )
+        assert event.resident_before == before, f"{where}: {event.resident_before} resident tokens, expected {before}"
         assert event.evicted_before == event.logical_len - before, f"{where}: wrong evicted_before"
         assert event.evicted_after == event.logical_len - event.keep, f"{where}: wrong evicted_after"
-        assert survivors.shape == (self.layers, self.kv_heads, event.keep), (
-            f"{where}: {tuple(survivors.shape)}"
-        )
+        assert survivors.shape == (self.layers, self.kv_heads, event.keep), f"{where}: {tuple(survivors.shape)}"
         assert (survivors.diff(dim=-1) > 0).all(), f"{where}: survivors are not ascending"
         assert survivors.min() >= 0, f"{where}: negative index"
         assert survivors.max() < before, f"{where}: index past the resident tokens"
         sink = torch.arange(event.sink_tokens)
         recent = torch.arange(before - event.recent_tokens, before)
         assert (survivors[..., : event.sink_tokens] == sink).all(), f"{where}: a sink was evicted"
-        assert (survivors[..., event.keep - event.recent_tokens :] == recent).all(), (
-            f"{where}: a recent token lost"
-        )
+        assert (survivors[..., event.keep - event.recent_tokens :] == recent).all(), f"{where}: a recent token lost"
 
     @torch.inference_mode()
     def _logprobs(self, inputs: list[int], visible: list[Tensor]) -> Tensor:

@@ -63,9 +63,7 @@ PREEMPT = Scenario(
     config=policy(keep_ratio=0.6),
     blocks=11,
     max_len=320,
-    expected=Expected(
-        compactions=8, preemptions=2, preempted_compacted=1, compacted_after_preemption=1, in_place=1
-    ),
+    expected=Expected(compactions=8, preemptions=2, preempted_compacted=1, compacted_after_preemption=1, in_place=1),
 )
 ABORT = Scenario(
     name="abort",

@@ -72,9 +72,7 @@ def reference(model_path: Callable[[str], Path]) -> Callable[[str], Reference]:
         *(pytest.param(s, id=s.name, marks=pytest.mark.matrix) for s in MATRIX),
     ],
 )
-def test_engine_equals_masked_reference(
-    scenario: Scenario, run: Run, reference: Callable[[str], Reference]
-) -> None:
+def test_engine_equals_masked_reference(scenario: Scenario, run: Run, reference: Callable[[str], Reference]) -> None:
     result = run(scenario)
     assert happened(scenario, result) == []
     assert ran_as_asked(scenario, result) == []
@@ -109,9 +107,7 @@ def happened(scenario: Scenario, result: Result) -> list[str]:
         "preemptions": len(result.preemptions),
         "preempted_dense": sum(not p.compacted for p in result.preemptions),
         "preempted_compacted": sum(p.compacted for p in result.preemptions),
-        "compacted_after_preemption": sum(
-            c.step > preempted.get(c.request, c.step) for c in result.compactions
-        ),
+        "compacted_after_preemption": sum(c.step > preempted.get(c.request, c.step) for c in result.compactions),
         "cached_tokens": sum(o.cached_tokens for o in result.outputs),
         "aborted": len(result.aborted),
     }

@@ -120,9 +120,7 @@ def test_random_traffic_keeps_the_books(vllm_config, ahead, data, caching, block
             prompt = (prefix + list(range(length)))[: max(length, 1)]
             off = data.draw(st.booleans()) and len(prompt) + 60 < usable
             extra = (
-                {"deltamem_policy": "off"}
-                if off
-                else {"deltamem_keep_ratio": data.draw(st.sampled_from([0.1, 0.3]))}
+                {"deltamem_policy": "off"} if off else {"deltamem_keep_ratio": data.draw(st.sampled_from([0.1, 0.3]))}
             )
             new = data.draw(st.integers(1, 60), label="new tokens")
             scheduler.add_request(new_request(f"r{next(names)}", prompt, new, extra))
@@ -137,9 +135,7 @@ def test_random_traffic_keeps_the_books(vllm_config, ahead, data, caching, block
     event(f"compacted: {scheduler.deltamem.totals()['counters']['compactions'] > 0}")
     manager = scheduler.deltamem_manager
     assert manager.evicted == {} and manager.admissions == {} and scheduler.deltamem_budgets == {}
-    assert manager.block_pool.get_num_free_blocks() == blocks - 1, (
-        "the pool is not whole after all requests ended"
-    )
+    assert manager.block_pool.get_num_free_blocks() == blocks - 1, "the pool is not whole after all requests ended"
 
 
 def plans_of(outputs: list[Any]) -> list[Any]:

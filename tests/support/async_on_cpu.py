@@ -68,9 +68,7 @@ def force_async_scheduling() -> None:
         scheduler = vllm_config.scheduler_config
         scheduler.async_scheduling = True
         if isinstance(scheduler.scheduler_cls, str):
-            scheduler.scheduler_cls = scheduler.scheduler_cls.replace(
-                ".DeltaMemScheduler", ".DeltaMemAsyncScheduler"
-            )
+            scheduler.scheduler_cls = scheduler.scheduler_cls.replace(".DeltaMemScheduler", ".DeltaMemAsyncScheduler")
         elif scheduler.scheduler_cls is not None and scheduler.scheduler_cls.__name__ == "DeltaMemScheduler":
             from deltamem_vllm.integration.scheduler import DeltaMemAsyncScheduler
 

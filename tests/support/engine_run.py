@@ -56,9 +56,7 @@ class EngineHost:
     def run(self, scenario: Scenario, model: Path, directory: Path) -> Result:
         """Run ``scenario`` with the checkpoint ``model``; artefacts and the log go to ``directory``."""
         if scenario.runner != self.runner:
-            raise ValueError(
-                f"{scenario.name} needs model runner {scenario.runner}, this host has {self.runner}"
-            )
+            raise ValueError(f"{scenario.name} needs model runner {scenario.runner}, this host has {self.runner}")
         directory.mkdir(parents=True, exist_ok=True)
         (directory / "scenario.json").write_text(scenario.to_json())
         assert self._process.stdin is not None and self._process.stdout is not None, "opened with pipes"
@@ -68,9 +66,7 @@ class EngineHost:
         if status != "0":
             log = directory / "log.txt"
             tail = log.read_text(errors="replace").splitlines()[-60:] if log.is_file() else ["(no log)"]
-            raise AssertionError(
-                f"scenario {scenario.name}: the engine ended with {status!r}:\n" + "\n".join(tail)
-            )
+            raise AssertionError(f"scenario {scenario.name}: the engine ended with {status!r}:\n" + "\n".join(tail))
         return Result.load(directory / RESULT_FILE)
 
     def close(self) -> None:
@@ -138,9 +134,7 @@ class Observer:
         output.test_step = self.step
         self.max_running = max(self.max_running, len(self.scheduler.running))
         plan = getattr(output, "deltamem", None)
-        self.plans += [
-            (self.step, compaction) for compaction in (plan.compactions if plan is not None else ())
-        ]
+        self.plans += [(self.step, compaction) for compaction in (plan.compactions if plan is not None else ())]
         check_pool(self.scheduler, output)
         return output
 
@@ -206,9 +200,7 @@ def main(model: str, directory: Path) -> None:
     outputs, aborted = _serve(scenario, engine, observer)
 
     (manager,) = scheduler.kv_cache_manager.coordinator.single_type_managers
-    runner = (
-        "tp" if scenario.tp > 1 else type(core.model_executor.driver_worker.worker.model_runner).__module__
-    )
+    runner = "tp" if scenario.tp > 1 else type(core.model_executor.driver_worker.worker.model_runner).__module__
     Result(
         outputs=outputs,
         compactions=_merge_ranks(observer.plans, directory, scenario.tp),
@@ -258,9 +250,7 @@ def _serve(scenario: Scenario, engine: Any, observer: Observer) -> tuple[list[Ou
             if due:
                 engine.abort_request(due)
                 aborted += due
-            outputs += [
-                _output(o, observer) for o in engine.step() if o.finished and o.request_id not in aborted
-            ]
+            outputs += [_output(o, observer) for o in engine.step() if o.finished and o.request_id not in aborted]
             step += 1
     return outputs, aborted
 

@@ -28,9 +28,7 @@ def check_pool(scheduler: Any, output: Any) -> None:
     assert not owners.keys() & set(free), "a block is free and owned"
     for block in pool.blocks:
         if not block.is_null:
-            assert block.ref_cnt == owners[block.block_id], (
-                f"block {block.block_id} has a wrong reference count"
-            )
+            assert block.ref_cnt == owners[block.block_id], f"block {block.block_id} has a wrong reference count"
     _check_writes(scheduler, output, manager)
 
 
@@ -54,6 +52,4 @@ def _check_writes(scheduler: Any, output: Any, manager: Any) -> None:
         for block_id in compaction.target_blocks:
             block = manager.block_pool.blocks[block_id]
             assert block.ref_cnt == 1, f"target block {block_id} of {compaction.request_id} has other owners"
-            assert block.block_hash is None, (
-                f"target block {block_id} of {compaction.request_id} is a cache entry"
-            )
+            assert block.block_hash is None, f"target block {block_id} of {compaction.request_id} is a cache entry"

@@ -90,9 +90,7 @@ class Scenario:
         """The prompts: random ids, the same on every call, without ids 0 to 2 (special in every family)."""
         rng = random.Random(f"prompts of {self.shared_prefix}")
         prefix = [rng.randrange(3, vocab) for _ in range(self.shared_prefix)]
-        return [
-            (prefix + [rng.randrange(3, vocab) for _ in range(length)])[:length] for length in self.prompts
-        ]
+        return [(prefix + [rng.randrange(3, vocab) for _ in range(length)])[:length] for length in self.prompts]
 
 
 @dataclass(frozen=True)

@@ -60,12 +60,8 @@ def test_target_is_bounded_by_protection_and_length(budget, logical, data):
     assert keep is None or (keep == target and cdiv(keep, 32) < cdiv(resident, 32))
 
 
-@given(
-    budgets, st.integers(1, 4000), st.integers(0, 500), st.sampled_from([16, 32, 64]), st.integers(16, 512)
-)
-def test_peak_covers_a_request_that_is_compacted_whenever_a_chunk_does_not_fit(
-    budget, prompt, new, block, chunk
-):
+@given(budgets, st.integers(1, 4000), st.integers(0, 500), st.sampled_from([16, 32, 64]), st.integers(16, 512))
+def test_peak_covers_a_request_that_is_compacted_whenever_a_chunk_does_not_fit(budget, prompt, new, block, chunk):
     """Play the request alone in a pool of exactly peak_blocks: it must never need one more."""
     peak = peak_blocks(budget, prompt, new, block, chunk, max_model_len=100_000)
     assert peak <= cdiv(prompt + new, block)

@@ -120,9 +120,7 @@ def test_missing_reader_says_how_to_install(tmp_path: Path, monkeypatch: pytest.
 
 
 @pytest.mark.parametrize("error", [RuntimeError("broken"), KeyboardInterrupt()])
-def test_interrupted_conversion_leaves_nothing(
-    model: EmbeddedModel, tmp_path: Path, error: BaseException
-) -> None:
+def test_interrupted_conversion_leaves_nothing(model: EmbeddedModel, tmp_path: Path, error: BaseException) -> None:
     def fail() -> None:
         raise error
 
@@ -221,9 +219,7 @@ def test_stuck_lock_is_an_error(model: EmbeddedModel, tmp_path: Path) -> None:
 
 
 def test_unknown_name_lists_what_exists() -> None:
-    with pytest.raises(
-        UnknownModel, match=r"unknown embedded model 'gpt2'; available: smollm2.*Hugging Face id"
-    ):
+    with pytest.raises(UnknownModel, match=r"unknown embedded model 'gpt2'; available: smollm2.*Hugging Face id"):
         find_model("gpt2")
 
 

@@ -44,14 +44,9 @@ def test_repository_root_is_not_importable(tmp_path: Path) -> None:
     assert str(ROOT) not in paths
 
 
-@pytest.mark.parametrize(
-    "module", ["deltamem_vllm", "deltamem_vllm.cli.main", "deltamem_vllm.models.catalog"]
-)
+@pytest.mark.parametrize("module", ["deltamem_vllm", "deltamem_vllm.cli.main", "deltamem_vllm.models.catalog"])
 def test_import_is_light(module: str, tmp_path: Path) -> None:
-    code = (
-        f"import sys, {module}\n"
-        "print(sorted({'vllm', 'torch', 'transformers', 'pydantic'} & set(sys.modules)))"
-    )
+    code = f"import sys, {module}\nprint(sorted({{'vllm', 'torch', 'transformers', 'pydantic'}} & set(sys.modules)))"
     assert run_python(code, tmp_path) == "[]"
 
 

@@ -25,6 +25,8 @@ from vllm.config import (
 from vllm.engine.arg_utils import EngineArgs
 from vllm.v1.kv_cache_interface import FullAttentionSpec, KVQuantMode, SlidingWindowSpec
 
+from deltamem_vllm.config import ConfigError
+from deltamem_vllm.integration.engine_args import scheduler_path
 from deltamem_vllm.integration.refusals import UnsupportedFeatures, check_supported
 from deltamem_vllm.plugin import register
 
@@ -219,9 +221,7 @@ def test_without_the_policy_nothing_is_refused(tmp_path: Path) -> None:
 
 
 def spec(**kwargs: Any) -> FullAttentionSpec:
-    return FullAttentionSpec(
-        **{"block_size": 16, "num_kv_heads": 2, "head_size": 16, "dtype": torch.float32, **kwargs}
-    )
+    return FullAttentionSpec(**{"block_size": 16, "num_kv_heads": 2, "head_size": 16, "dtype": torch.float32, **kwargs})
 
 
 @pytest.mark.parametrize(
@@ -230,11 +230,7 @@ def spec(**kwargs: Any) -> FullAttentionSpec:
         ("no KV cache", []),
         (
             "layer type",
-            [
-                SlidingWindowSpec(
-                    block_size=16, num_kv_heads=2, head_size=16, dtype=torch.float32, sliding_window=8
-                )
-            ],
+            [SlidingWindowSpec(block_size=16, num_kv_heads=2, head_size=16, dtype=torch.float32, sliding_window=8)],
         ),
         ("sliding-window layer", [spec(sliding_window=8)]),
         ("chunked-local layer", [spec(attention_chunk_size=8)]),
@@ -256,3 +252,58 @@ def test_plain_layers_are_served_before_and_after_conversion(base: VllmConfig) -
     specs: dict[str, Any] = {"layer.0": spec(), "layer.1": spec()}
     check_supported(base, kv_cache_specs=specs)
     check_supported(base, kv_cache_specs=convert(specs))
+
+
+# What the loaded runner shows. Only the attributes that are read are made up; the configuration is real.
+
+
+def runner(base: VllmConfig, layer: Any, **attributes: Any) -> Any:
+    config = copy.deepcopy(base)
+    config.compilation_config.static_forward_context = {"layer.0": layer}
+    return SimpleNamespace(vllm_config=config, **attributes)
+
+
+@pytest.mark.parametrize(
+    ("name", "layer", "attributes"),
+    [
+        ("model state", SimpleNamespace(), {"model_state": SimpleNamespace()}),
+        ("layers that share KV", SimpleNamespace(kv_sharing_target_layer_name="layer.1"), {}),
+        ("ALiBi layers", SimpleNamespace(impl=SimpleNamespace(alibi_slopes=[0.5])), {}),
+    ],
+)
+def test_runners_that_are_not_served(base: VllmConfig, name: str, layer: Any, attributes: dict[str, Any]) -> None:
+    check_supported(base, model_runner=runner(base, SimpleNamespace()))
+    with pytest.raises(UnsupportedFeatures) as error:
+        check_supported(base, model_runner=runner(base, layer, **attributes))
+    assert error.value.names == (name,)
+
+
+# A user's own classes.
+
+
+@pytest.mark.parametrize(
+    ("option", "given"),
+    [
+        ("scheduler_cls", "vllm.v1.core.sched.scheduler.Scheduler"),
+        ("worker_cls", "vllm.v1.worker.cpu_worker.CPUWorker"),
+    ],
+)
+def test_foreign_classes_are_refused(tmp_path: Path, option: str, given: str) -> None:
+    with pytest.raises(ConfigError, match=f"its own {option}, but got '{given}'; allowed: a subclass of"):
+        engine_args(tmp_path, **{option: given}).create_engine_config()
+
+
+def test_our_classes_are_set_and_a_subclass_of_them_is_kept(tmp_path: Path, base: VllmConfig) -> None:
+    ours = "deltamem_vllm.integration"
+    assert base.scheduler_config.scheduler_cls == f"{ours}.scheduler.DeltaMemScheduler", "CPU: not async"
+    assert base.parallel_config.worker_cls == f"{ours}.worker.DeltaMemCPUWorker"
+    asynchronous = f"{ours}.scheduler.DeltaMemAsyncScheduler"
+    config = engine_args(tmp_path, scheduler_cls=asynchronous).create_engine_config()
+    assert config.scheduler_config.scheduler_cls == asynchronous
+
+
+def test_asynchronous_scheduling_gets_the_asynchronous_class(base: VllmConfig) -> None:
+    config = copy.deepcopy(base)
+    config.scheduler_config.scheduler_cls = None
+    config.scheduler_config.async_scheduling = True
+    assert scheduler_path(config) == "deltamem_vllm.integration.scheduler.DeltaMemAsyncScheduler"

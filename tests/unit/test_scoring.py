@@ -137,9 +137,7 @@ class TestScores:
             with pytest.raises(ValueError, match="needs_queries"):
                 scorer.score(blind)
         else:
-            assert torch.equal(
-                scorer.score(blind), scorer.score(ScoreView(view.keys, view.values, None, 9.0))
-            )
+            assert torch.equal(scorer.score(blind), scorer.score(ScoreView(view.keys, view.values, None, 9.0)))
 
     @pytest.mark.parametrize(
         ("keys", "queries", "message"),
@@ -202,9 +200,7 @@ class TestSelection:
         assert select_survivors(scores, 2, 0, 0).tolist() == [[1, 2]]
 
     def test_half_precision_scores(self) -> None:
-        assert select_survivors(torch.tensor([[3.0, 1.0, 2.0]], dtype=torch.bfloat16), 2, 0, 0).tolist() == [
-            [0, 2]
-        ]
+        assert select_survivors(torch.tensor([[3.0, 1.0, 2.0]], dtype=torch.bfloat16), 2, 0, 0).tolist() == [[0, 2]]
 
     @pytest.mark.parametrize(
         ("keep", "sink", "recent", "message"),

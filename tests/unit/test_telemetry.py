@@ -95,11 +95,7 @@ def test_drain_sends_only_counters_that_grew_and_every_level() -> None:
     assert "deltamem:evicted_tokens" not in first
     assert "deltamem:compactions" not in second
     levels = {name for name in second if first[name] == second[name]}
-    assert (
-        levels
-        == set(second)
-        == {encode(row.key, label) for row in GAUGES for label in row.initial or (None,)}
-    )
+    assert levels == set(second) == {encode(row.key, label) for row in GAUGES for label in row.initial or (None,)}
     assert second["deltamem:resident_tokens"] == 7
 
 
@@ -113,9 +109,7 @@ def test_other_names_in_the_carrier_are_not_ours() -> None:
     assert decode("waiting_to_start") is None
 
 
-@pytest.mark.parametrize(
-    "call", [lambda: Telemetry().count("evictions"), lambda: decode("deltamem:evictions")]
-)
+@pytest.mark.parametrize("call", [lambda: Telemetry().count("evictions"), lambda: decode("deltamem:evictions")])
 def test_unknown_key_names_the_valid_ones(call: object) -> None:
     assert callable(call)
     with pytest.raises(KeyError, match=r"'evictions'.*compactions.*reserve_blocks"):
