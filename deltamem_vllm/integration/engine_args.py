@@ -97,6 +97,7 @@ def _finish(vllm_config: VllmConfig, config: DeltaMemConfig) -> None:
 
     refusals.check_supported(vllm_config)
     vllm_config.scheduler_config.scheduler_cls = scheduler_path(vllm_config)
+    ledger.apply("vllm.v1.engine.async_llm:load_stat_logger_plugin_factories", _with_our_stat_logger)
     logs.attach_vllm_handlers()
     # Each of several API servers builds this configuration too; the launcher's line is enough.
     parallel = vllm_config.parallel_config
@@ -109,6 +110,16 @@ def _finish(vllm_config: VllmConfig, config: DeltaMemConfig) -> None:
             vllm_config.scheduler_config.scheduler_cls,
             parallel.worker_cls,
         )
+
+
+def _with_our_stat_logger(load: Callable[[], list[Any]]) -> Callable[[], list[Any]]:
+    @functools.wraps(load)
+    def load_stat_logger_plugin_factories() -> list[Any]:
+        from deltamem_vllm.integration.metrics import DeltaMemStatLogger
+
+        return [*load(), DeltaMemStatLogger]
+
+    return load_stat_logger_plugin_factories
 
 
 def scheduler_path(vllm_config: VllmConfig) -> str | type[object]:

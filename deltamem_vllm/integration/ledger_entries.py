@@ -72,11 +72,32 @@ LEDGER: tuple[Patch, ...] = (
         "supported_tasks",
     ),
     Patch(
-        "vllm.v1.engine.core_client:AsyncMPClient.call_utility_async",
+        "vllm.v1.engine.async_llm:load_stat_logger_plugin_factories",
+        "patched",
+        "exports our metrics; an entry point would turn statistics on in servers that run without the policy",
+        "stat logger plugins that may decline",
+        "",
+    ),
+    Patch(
+        "vllm.v1.engine.core_client:AsyncMPClient.call_utility_all_async",
         "used",
         "asks each engine for its numbers",
         "a public engine query",
         "self, method, args",
+    ),
+    Patch(
+        "vllm.v1.engine.core:EngineCoreProc._handle_client_request",
+        "used",
+        "finds the method we add to EngineCore (deltamem_stats) by its name",
+        "a public engine query",
+        "self, request_type, request",
+    ),
+    Patch(
+        "vllm.v1.metrics.loggers:StatLoggerManager.record",
+        "used",
+        "calls plugin loggers before vLLM's own, which therefore never see our keys",
+        "an extension field in SchedulerStats",
+        "self, scheduler_stats, iteration_stats, mm_cache_stats, engine_idx",
     ),
     # Scheduler, in the engine core.
     Patch(

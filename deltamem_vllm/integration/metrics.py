@@ -2,7 +2,7 @@
 # SPDX-FileCopyrightText: Copyright contributors to the deltamem project
 """The telemetry of the engines at vLLM's `/metrics`.
 
-vLLM builds `DeltaMemStatLogger` through the entry point `vllm.stat_logger_plugins`, in every API server.
+vLLM builds `DeltaMemStatLogger` in every API server that runs with the policy (see `engine_args.py`).
 
 Why counters add up with several API servers: `Scheduler.update_from_output` (vLLM 0.32) attaches the
 stats of a step to exactly one of its outputs ("Return stats to only one of the front-ends"), so each

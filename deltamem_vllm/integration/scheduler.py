@@ -20,7 +20,7 @@ from vllm.v1.outputs import ModelRunnerOutput
 from vllm.v1.request import Request
 
 from deltamem_vllm.config import DeltaMemConfig
-from deltamem_vllm.integration import spec
+from deltamem_vllm.integration import http, spec
 from deltamem_vllm.integration.manager import Admission, DeltaMemManager
 from deltamem_vllm.memory.admission import peak_blocks, reserve_blocks
 from deltamem_vllm.memory.budgets import FixedBudget, budget_for, cdiv
@@ -62,6 +62,7 @@ class DeltaMemSchedulerMixin:
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
+        http.install_engine_rpc()
         managers = self.kv_cache_manager.coordinator.single_type_managers
         if len(managers) != 1 or not isinstance(managers[0], DeltaMemManager):
             raise RuntimeError(
@@ -249,7 +250,8 @@ class DeltaMemSchedulerMixin:
         stats: SchedulerStats | None = super().make_stats(*args, **kwargs)  # type: ignore[misc]
         if stats is not None:
             self._measure_levels()
-            # The only str -> int field of the msgspec-encoded stats that no consumer iterates.
+            # The stats are msgspec-encoded: this str -> int field is the carrier, and our stat logger takes our keys
+            # out again before vLLM's own loggers read it.
             stats.num_kv_fetch_reqs_by_stage.update(self.deltamem.drain())
         return stats
 

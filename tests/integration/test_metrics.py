@@ -33,9 +33,7 @@ Samples = dict[tuple[str, frozenset[tuple[str, str]]], float]
 
 
 def _vllm_config(additional_config: dict[str, Any]) -> Any:
-    return SimpleNamespace(
-        additional_config=additional_config, model_config=SimpleNamespace(served_model_name="tiny")
-    )
+    return SimpleNamespace(additional_config=additional_config, model_config=SimpleNamespace(served_model_name="tiny"))
 
 
 @pytest.fixture
@@ -115,9 +113,7 @@ def test_deltas_and_levels_of_two_engines(stat_logger: DeltaMemStatLogger) -> No
         engine = str(index)
         assert _value(samples, "deltamem_compactions_total", engine=engine) == 5 * (index + 1)
         assert _value(samples, "deltamem_compaction_seconds_total", engine=engine) == pytest.approx(1.25)
-        skipped = _value(
-            samples, "deltamem_compactions_skipped_total", engine=engine, reason="no_free_blocks"
-        )
+        skipped = _value(samples, "deltamem_compactions_skipped_total", engine=engine, reason="no_free_blocks")
         assert skipped == 5
         assert _value(samples, "deltamem_resident_tokens", engine=engine) == 100 * index + 4
         assert _value(samples, "deltamem_tier_bytes", engine=engine, tier="hot") == 4096 * (index + 1)

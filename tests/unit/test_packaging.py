@@ -60,7 +60,6 @@ def test_entry_points_resolve(tmp_path: Path) -> None:
     assert {
         ("console_scripts", "deltamem"),
         ("vllm.general_plugins", "deltamem"),
-        ("vllm.stat_logger_plugins", "deltamem"),
     } <= declared
     scorers = {name for group, name in declared if group == "deltamem.scorers"}
     assert scorers == {"delta", "snapkv", "tova", "keydiff", "streaming", "random"}
