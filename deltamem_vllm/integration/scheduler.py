@@ -132,7 +132,7 @@ class DeltaMemSchedulerMixin:
     def schedule(self, *args: Any, **kwargs: Any) -> SchedulerOutput:
         self.deltamem_manager.reserve = self._reserve_wanted()
         compacted = self._compact_finished_prompts()
-        compacted += self._compact_prefills_if_short()
+        compacted += self._compact_if_short()
         output: SchedulerOutput = super().schedule(*args, **kwargs)  # type: ignore[misc]
         manager = self.deltamem_manager
         plans = tuple(self._plan(c) for c in compacted if c.request.request_id in manager.evicted)
@@ -167,21 +167,23 @@ class DeltaMemSchedulerMixin:
                 done += self._compact(request, keep)
         return done
 
-    def _compact_prefills_if_short(self) -> list[_Compacted]:
-        """Between two prompt chunks, only as far as this step's chunks would otherwise not fit."""
+    def _compact_if_short(self) -> list[_Compacted]:
+        """As far as this step would otherwise not fit: vLLM would preempt a request instead.
+
+        Requests that decode come first. They wait for `interval` only to be compacted less often; a prompt
+        compacted between two chunks is judged by queries that have not seen its end.
+        """
         manager = self.deltamem_manager
-        prefills = [r for r in self.running if r.is_prefill_chunk and r.request_id in self.deltamem_budgets]
-        if not prefills:
-            return []
+        governed = [r for r in self.running if r.request_id in self.deltamem_budgets and r.num_computed_tokens > 0]
         done: list[_Compacted] = []
         short = self._blocks_wanted(self.running) + manager.reserve - manager.block_pool.get_num_free_blocks()
-        for request in sorted(prefills, key=lambda r: -len(manager.req_to_blocks[r.request_id])):
+        for request in sorted(governed, key=lambda r: (r.is_prefill_chunk, -len(manager.req_to_blocks[r.request_id]))):
             if short <= 0:
                 break
             logical = request.num_computed_tokens
             resident = logical - manager.evicted.get(request.request_id, 0)
             budget = self.deltamem_budgets[request.request_id]
-            keep = budget.due_in_prefill(logical, resident, self._block_size)
+            keep = budget.due_when_short(logical, resident, self._block_size)
             if keep is None:
                 continue
             free = manager.block_pool.get_num_free_blocks()

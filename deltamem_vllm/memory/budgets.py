@@ -51,8 +51,8 @@ class FixedBudget:
         slack = self.interval if resident_len < logical_len else 1
         return self._if_worth(target, resident_len, block_size) if resident_len - target >= slack else None
 
-    def due_in_prefill(self, logical_len: int, resident_len: int, block_size: int) -> int | None:
-        """Tokens to keep if a request that is short of memory between two prompt chunks can give some back."""
+    def due_when_short(self, logical_len: int, resident_len: int, block_size: int) -> int | None:
+        """Tokens to keep if memory is short and this request can give a block back before its interval is over."""
         return self._if_worth(self.target(logical_len), resident_len, block_size)
 
     @staticmethod

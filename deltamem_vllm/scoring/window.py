@@ -167,6 +167,8 @@ def record(ring: Tensor, write: WindowWrite, query: Tensor) -> None:
     query: [T, H_q, D], T >= the tokens the write names.
     """
     if write.source is None:
-        ring.index_copy_(0, write.target, query[: write.target.shape[0]])
+        count = write.target.shape[0]
+        # Slicing costs as much as copying a decode step's few rows does.
+        ring.index_copy_(0, write.target, query if query.shape[0] == count else query[:count])
     else:
         ring.index_copy_(0, write.target, query.index_select(0, write.source))

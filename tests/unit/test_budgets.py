@@ -45,7 +45,7 @@ def test_first_compaction_is_immediate_and_later_ones_wait_for_the_interval():
 
 
 def test_nothing_is_done_for_less_than_a_block():
-    assert BUDGET.due_in_prefill(320, 60, 64) is None
+    assert BUDGET.due_when_short(320, 60, 64) is None
 
 
 @given(budgets, st.integers(1, 5000), st.data())
@@ -70,7 +70,7 @@ def test_peak_covers_a_request_that_is_compacted_whenever_a_chunk_does_not_fit(b
         step = min(chunk, prompt - logical) if logical < prompt else 1
         keep = budget.due(logical, resident, block) if logical >= prompt else None
         if keep is None and cdiv(resident + step, block) > peak:
-            keep = budget.due_in_prefill(logical, resident, block)
+            keep = budget.due_when_short(logical, resident, block)
         if keep is not None:
             resident = keep
         logical, resident = logical + step, resident + step
