@@ -87,7 +87,7 @@ V2_FEW = replace(FEW, name="runner2", runner=2, prefix_caching=True)
 ASYNC_PREEMPT = replace(PREEMPT, name="async-preemption", asynchronous=True)
 PREFILL = Scenario(
     name="during-prefill",
-    prompts=(700, 100, 600),
+    prompts=(700, 100, 690),
     max_tokens=(24,),
     config=policy(keep_ratio=0.1),
     chunk=96,
