@@ -4,7 +4,42 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
+
+EXACTNESS = pytest.StashKey[list[str]]()
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--exactness-report",
+        type=Path,
+        metavar="FILE",
+        help="write the figures of the exactness tests that ran as a Markdown table",
+    )
+
+
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    path, rows = session.config.getoption("--exactness-report"), session.config.stash.get(EXACTNESS, [])
+    if path is not None and rows:
+        from deltamem_vllm.evaluation.bench.machine import describe_machine
+
+        header = [
+            "# Exactness",
+            "",
+            "Log-probs of every generated token against an independent float32 reference that masks the evicted tokens",
+            "per layer and kv head, teacher-forced on the engine's own output. `control` is the same comparison",
+            "without the mask, on tokens that had something evicted: it must be large, or the run proves nothing.",
+            "The bound is 1e-4 on every token.",
+            "",
+            f'Command: `make test-all ARGS="-k masked_reference --exactness-report {path}"`',
+            f"on {describe_machine()['cpu']}, {describe_machine()['cores']} cores.",
+            "",
+            "| scenario | runner | model | tokens | max abs dlogprob | control | compactions | preemptions |",
+            "| --- | --- | --- | --- | --- | --- | --- | --- |",
+        ]
+        path.write_text("\n".join([*header, *sorted(rows)]) + "\n")
 
 
 @pytest.fixture(scope="session")

@@ -72,7 +72,9 @@ def reference(model_path: Callable[[str], Path]) -> Callable[[str], Reference]:
         *(pytest.param(s, id=s.name, marks=pytest.mark.matrix) for s in MATRIX),
     ],
 )
-def test_engine_equals_masked_reference(scenario: Scenario, run: Run, reference: Callable[[str], Reference]) -> None:
+def test_engine_equals_masked_reference(
+    scenario: Scenario, run: Run, reference: Callable[[str], Reference], report_row: Callable[[str], None]
+) -> None:
     result = run(scenario)
     assert happened(scenario, result) == []
     assert ran_as_asked(scenario, result) == []
@@ -83,9 +85,14 @@ def test_engine_equals_masked_reference(scenario: Scenario, run: Run, reference:
     expected_tokens = sum(len(o.tokens) for o in result.outputs)
     assert len(checks) == expected_tokens > 0
     worst = max(checks, key=lambda check: check.error)
+    control = max((check.control for check in checks if check.evicted), default=0.0)
+    report_row(
+        f"| {scenario.name} | V{scenario.runner} | {scenario.model} | {len(checks)} | {worst.error:.1e} "
+        f"| {control:.2g} | {len(result.compactions)} | {len(result.preemptions)} |"
+    )
     assert worst.error <= TOLERANCE, worst
     if scenario.expected.compactions:
-        assert max(check.control for check in checks if check.evicted) > CONTROL
+        assert control > CONTROL
     # Where nothing had been evicted yet, mask or no mask is the same.
     assert all(check.control <= TOLERANCE for check in checks if not check.evicted)
 
