@@ -51,11 +51,11 @@ def test_import_is_light(module: str, tmp_path: Path) -> None:
 
 
 def test_version_is_that_of_the_metadata() -> None:
-    assert deltamem_vllm.__version__ == version("deltamem")
+    assert deltamem_vllm.__version__ == version("deltamem-vllm")
 
 
 def test_entry_points_resolve(tmp_path: Path) -> None:
-    points = distribution("deltamem").entry_points
+    points = distribution("deltamem-vllm").entry_points
     declared = {(point.group, point.name) for point in points}
     assert {
         ("console_scripts", "deltamem"),
@@ -66,7 +66,7 @@ def test_entry_points_resolve(tmp_path: Path) -> None:
     # In a process of its own: loading them imports vLLM, which other unit tests do without.
     code = (
         "from importlib.metadata import distribution\n"
-        "for point in distribution('deltamem').entry_points: assert callable(point.load()), point\n"
+        "for point in distribution('deltamem-vllm').entry_points: assert callable(point.load()), point\n"
         "print('all')"
     )
     assert run_python(code, tmp_path).endswith("all")
