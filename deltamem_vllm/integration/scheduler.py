@@ -9,7 +9,7 @@ that can go stale: a request that is preempted, aborted or finished simply no lo
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from vllm.v1.core.sched.async_scheduler import AsyncScheduler
@@ -33,20 +33,6 @@ spec.register()
 # A reserve beyond this share of the pool would cost more concurrency than it saves: compaction can still start by
 # packing in place.
 MAX_RESERVE_SHARE = 1 / 8
-
-
-@dataclass(frozen=True)
-class _Compacted:
-    """A compaction already done in the block accounting, not yet in a plan."""
-
-    request: Request
-    source_blocks: tuple[int, ...]
-    target_blocks: tuple[int, ...]
-    resident_before: int
-    keep: int
-    logical_len: int
-    evicted_before: int
-    in_place: bool
 
 
 class DeltaMemSchedulerMixin:
@@ -135,7 +121,12 @@ class DeltaMemSchedulerMixin:
         compacted += self._compact_if_short()
         output: SchedulerOutput = super().schedule(*args, **kwargs)  # type: ignore[misc]
         manager = self.deltamem_manager
-        plans = tuple(self._plan(c) for c in compacted if c.request.request_id in manager.evicted)
+        # Requests preempted in this very step are gone from `evicted`. The others get the blocks just allocated, too.
+        plans = tuple(
+            replace(plan, blocks_after=tuple(b.block_id for b in manager.req_to_blocks[plan.request_id]))
+            for plan in compacted
+            if plan.request_id in manager.evicted
+        )
         output.deltamem = StepPlan(compactions=plans, evicted=dict(manager.evicted))  # type: ignore[attr-defined]
         return output
 
@@ -154,7 +145,7 @@ class DeltaMemSchedulerMixin:
         )
         return min(max(pending, default=0), self._reserve_limit)
 
-    def _compact_finished_prompts(self) -> list[_Compacted]:
+    def _compact_finished_prompts(self) -> list[CompactionPlan]:
         done = []
         for request in self.running:
             budget = self.deltamem_budgets.get(request.request_id)
@@ -167,7 +158,7 @@ class DeltaMemSchedulerMixin:
                 done += self._compact(request, keep)
         return done
 
-    def _compact_if_short(self) -> list[_Compacted]:
+    def _compact_if_short(self) -> list[CompactionPlan]:
         """As far as this step would otherwise not fit: vLLM would preempt a request instead.
 
         Requests that decode come first. They wait for `interval` only to be compacted less often; a prompt
@@ -175,7 +166,7 @@ class DeltaMemSchedulerMixin:
         """
         manager = self.deltamem_manager
         governed = [r for r in self.running if r.request_id in self.deltamem_budgets and r.num_computed_tokens > 0]
-        done: list[_Compacted] = []
+        done: list[CompactionPlan] = []
         short = self._blocks_wanted(self.running) + manager.reserve - manager.block_pool.get_num_free_blocks()
         for request in sorted(governed, key=lambda r: (r.is_prefill_chunk, -len(manager.req_to_blocks[r.request_id]))):
             if short <= 0:
@@ -203,7 +194,7 @@ class DeltaMemSchedulerMixin:
             wanted += max(cdiv(resident + new, self._block_size) - held, 0)
         return wanted
 
-    def _compact(self, request: Request, keep: int) -> list[_Compacted]:
+    def _compact(self, request: Request, keep: int) -> list[CompactionPlan]:
         """Do the accounting of one compaction: all of it, or nothing and a counted reason."""
         manager, request_id = self.deltamem_manager, request.request_id
         logical = request.num_computed_tokens
@@ -220,26 +211,23 @@ class DeltaMemSchedulerMixin:
         self.deltamem.count("compactions")
         self.deltamem.count("evicted_tokens", logical - before - keep)
         self.deltamem.count("freed_blocks", len(source) - len(target))
-        return [_Compacted(request, tuple(source), tuple(target), logical - before, keep, logical, before, in_place)]
-
-    def _plan(self, done: _Compacted) -> CompactionPlan:
-        request_id = done.request.request_id
         budget = self.deltamem_budgets[request_id]
-        return CompactionPlan(
-            request_id=request_id,
-            source_blocks=done.source_blocks,
-            target_blocks=done.target_blocks,
-            # Includes what this step's allocation appended.
-            blocks_after=tuple(b.block_id for b in self.deltamem_manager.req_to_blocks[request_id]),
-            resident_before=done.resident_before,
-            keep=done.keep,
-            logical_len=done.logical_len,
-            evicted_before=done.evicted_before,
-            evicted_after=done.logical_len - done.keep,
-            sink_tokens=budget.sink_tokens,
-            recent_tokens=budget.recent_tokens,
-            in_place=done.in_place,
-        )
+        return [
+            CompactionPlan(
+                request_id=request_id,
+                source_blocks=tuple(source),
+                target_blocks=tuple(target),
+                blocks_after=tuple(target),
+                resident_before=logical - before,
+                keep=keep,
+                logical_len=logical,
+                evicted_before=before,
+                evicted_after=logical - keep,
+                sink_tokens=budget.sink_tokens,
+                recent_tokens=budget.recent_tokens,
+                in_place=in_place,
+            )
+        ]
 
     # ---- numbers -----------------------------------------------------------------------------------------------
 
