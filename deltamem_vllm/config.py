@@ -47,7 +47,7 @@ class DeltaMemConfig(BaseModel):
     recent_tokens: int = Field(default=32, ge=1)
     """Newest tokens of a request that are never evicted. Must be at least `window`."""
 
-    window: int = Field(default=16, ge=1, le=256)
+    window: int = Field(default=8, ge=1, le=256)
     """How many of the newest queries are remembered per layer to score tokens with."""
 
     interval: int = Field(default=128, ge=1)

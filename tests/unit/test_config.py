@@ -48,7 +48,7 @@ def test_presence_of_the_key_turns_the_policy_on() -> None:
         ({"interval": 0}, ["interval: got 0", ">= 1"]),
         ({"min_tokens": 1.5}, ["min_tokens: got 1.5", "int, >= 0"]),
         ({"mode": "pressure"}, ["mode: got 'pressure'", "one of 'always'"]),
-        ({"recent_tokens": 8}, ["recent_tokens=8", "window=16", "at least 16", "at most 8"]),
+        ({"recent_tokens": 4}, ["recent_tokens=4", "window=8", "at least 8", "at most 4"]),
         ({"sink_tokens": -1, "seed": -1}, ["sink_tokens: got -1", "seed: got -1"]),
         (None, ["NoneType", "JSON object"]),
         ([1], ["list", "JSON object"]),
@@ -78,7 +78,7 @@ def test_every_field_is_documented() -> None:
         assert line.startswith(f"{name}: ")
         assert line.endswith(".")
         assert "\n" not in line
-    assert lines["window"].startswith("window: int = 16 [>= 1 and <= 256]: How many")
+    assert lines["window"].startswith("window: int = 8 [>= 1 and <= 256]: How many")
 
 
 def test_scorers_are_looked_up_by_name() -> None:
