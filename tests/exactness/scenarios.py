@@ -107,6 +107,35 @@ PREEMPT_DENSE = Scenario(
     expected=Expected(compactions=3, preemptions=2, preempted_dense=1, compacted_after_preemption=1),
 )
 
+# Requests end at different steps: the graph of four rows is replayed full, then padded. Later compactions are judged
+# by queries that only replays recorded (more than `window` tokens after the last eager step).
+FULL_GRAPH = Scenario(
+    name="runner2-full-graph",
+    prompts=(150, 100, 200, 60),
+    max_tokens=(80, 40),
+    config=policy(),
+    runner=2,
+    graph_rows=4,
+    expected=Expected(compactions=8, repeated_compactions=4, replays=70, padded_replays=30),
+)
+REVERSED_WRITES = replace(
+    PREEMPT,
+    name="runner2-reversed-writes",
+    runner=2,
+    reverse_writes=True,
+    expected=replace(PREEMPT.expected, reversed_writes=4),
+)
+# 0.4 * 160 tokens fill two blocks: the step of the compaction also hands out a third one, and a fourth follows
+# before the next compaction would rewrite the row.
+APPEND_WITH_COMPACTION = Scenario(
+    name="runner2-append-with-compaction",
+    prompts=(160, 160),
+    max_tokens=(48,),
+    config=policy(interval=64),
+    runner=2,
+    expected=Expected(compactions=2),
+)
+
 FAST: tuple[Scenario, ...] = (BATCH, CACHE, LONG, PREEMPT, ASYNC_PREEMPT, V2_FEW)
 
 MATRIX: tuple[Scenario, ...] = (
@@ -131,6 +160,10 @@ MATRIX: tuple[Scenario, ...] = (
     replace(PREEMPT, name="runner2-async-preemption", runner=2, asynchronous=True),
     replace(LONG, name="runner2-async-longer-than-pool", runner=2, asynchronous=True),
     replace(FEW, name="runner2-qwen3", runner=2, model="qwen3"),
+    FULL_GRAPH,
+    replace(FULL_GRAPH, name="runner2-async-full-graph", asynchronous=True),
+    REVERSED_WRITES,
+    APPEND_WITH_COMPACTION,
     *(
         replace(FEW, name=f"scorer-{scorer}", config=policy(scorer=scorer))
         for scorer in ("snapkv", "tova", "keydiff", "streaming", "random")

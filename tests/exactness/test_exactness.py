@@ -14,13 +14,17 @@ import torch
 from engine_run import EngineHost
 from reference import Reference
 from scenario import Compaction, Output, Result, Scenario
-from scenarios import BATCH, FAST, MATRIX, policy
+from scenarios import APPEND_WITH_COMPACTION, BATCH, FAST, FULL_GRAPH, MATRIX, REVERSED_WRITES, policy
 from tiny_models import FAMILIES, build_tiny_model
 
 # float32 in another order of additions; the largest seen in the whole matrix is 2.8e-5 (SmolLM2, 30 layers).
 TOLERANCE = 1e-4
 # Below this a run would also pass without its mask, and prove nothing.
 CONTROL = 1e-2
+# A run with a fault put in must be off by more than this.
+FAULT = 1e-3
+
+FULL_GRAPH_EAGER = dataclasses.replace(FULL_GRAPH, name="runner2-full-graph-eager", graph_rows=0)
 
 Run = Callable[[Scenario], Result]
 
@@ -117,6 +121,7 @@ def happened(scenario: Scenario, result: Result) -> list[str]:
         "compacted_after_preemption": sum(c.step > preempted.get(c.request, c.step) for c in result.compactions),
         "cached_tokens": sum(o.cached_tokens for o in result.outputs),
         "aborted": len(result.aborted),
+        **{name: result.events.get(name, 0) for name in ("replays", "padded_replays", "reversed_writes")},
     }
     wanted = dataclasses.asdict(scenario.expected)
     return [f"{name}: {counts[name]}, wanted {n}" for name, n in wanted.items() if counts[name] < n]
@@ -168,3 +173,59 @@ def test_judge_sees_a_compaction_that_never_happened(run: Run, reference: Callab
     kept = [c for c in result.compactions if c.request != last.request or c.step < last.step]
     checks = reference(BATCH.model).check(dataclasses.replace(result, compactions=kept))
     assert max(check.error for check in checks) > CONTROL
+
+
+@pytest.mark.matrix
+def test_replayed_graph_records_the_window(run: Run) -> None:
+    """Replays and eager steps choose the same survivors, from queries that only replays recorded.
+
+    The reference cannot tell: it takes the survivors from the run.
+    """
+    replayed, eager = run(FULL_GRAPH), run(FULL_GRAPH_EAGER)
+    assert 0 < replayed.events["padded_replays"] < replayed.events["replays"]
+    assert eager.events == {}
+    assert [(o.request, o.tokens) for o in replayed.outputs] == [(o.request, o.tokens) for o in eager.outputs]
+    assert differing_survivors(replayed, eager) == []
+
+
+@pytest.mark.matrix
+def test_survivors_show_a_window_that_replays_do_not_record(run: Run) -> None:
+    faulty = run(dataclasses.replace(FULL_GRAPH, name="full-graph-fresh-window", fault="fresh-window-target"))
+    # Queries of the prompts are recorded eagerly, so a request's first compaction is still right.
+    decided_by_replays = [c for c in faulty.compactions if c.evicted_before > 0]
+    assert differing_survivors(faulty, run(FULL_GRAPH_EAGER)) == decided_by_replays != []
+
+
+@pytest.mark.matrix
+def test_no_two_block_table_writes_of_a_step_overlap(run: Run) -> None:
+    """Otherwise their order, which a GPU leaves open, would decide."""
+    assert run(REVERSED_WRITES).events["overlapping_writes"] == 0
+
+
+@pytest.mark.matrix
+@pytest.mark.parametrize(
+    "scenario",
+    [
+        dataclasses.replace(FULL_GRAPH, name="full-graph-fresh-seq-lens", fault="fresh-seq-lens"),
+        dataclasses.replace(APPEND_WITH_COMPACTION, name="stock-append", fault="stock-append"),
+    ],
+    ids=lambda scenario: scenario.name,
+)
+def test_judge_sees_a_fault(scenario: Scenario, run: Run, reference: Callable[[str], Reference]) -> None:
+    checks = reference(scenario.model).check(run(scenario))
+    assert max(check.error for check in checks) > FAULT
+
+
+def differing_survivors(one: Result, other: Result) -> list[Compaction]:
+    """Compactions of ``one`` that chose differently in ``other``; both must hold the same ones, in the same order."""
+
+    def what(result: Result) -> list[tuple[int, str, int, int]]:
+        return [(c.step, c.request.split("-")[0], c.logical_len, c.keep) for c in result.compactions]
+
+    assert what(one) == what(other)
+    pairs = zip(one.compactions, other.compactions, strict=True)
+    return [
+        a
+        for a, b in pairs
+        if not torch.equal(torch.load(Path(one.directory, a.file)), torch.load(Path(other.directory, b.file)))
+    ]

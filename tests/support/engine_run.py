@@ -14,6 +14,7 @@ import os
 import subprocess
 import sys
 import traceback
+from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -189,6 +190,10 @@ def main(model: str, directory: Path) -> None:
         from async_on_cpu import force_async_scheduling
 
         force_async_scheduling()
+    if scenario.fault:
+        from faults import inject
+
+        inject(scenario.fault)
     from vllm import LLM
 
     llm = LLM(**engine_arguments(scenario, model))
@@ -197,6 +202,7 @@ def main(model: str, directory: Path) -> None:
     scheduler = core.scheduler
     observer = Observer(scheduler)
     observer.attach()
+    events = _install_emulations(scenario, core)
     outputs, aborted = _serve(scenario, engine, observer)
 
     (manager,) = scheduler.kv_cache_manager.coordinator.single_type_managers
@@ -219,9 +225,24 @@ def main(model: str, directory: Path) -> None:
             "runner": runner,
             "compilation": str(core.vllm_config.compilation_config.mode),
         },
+        events=dict(events),
     ).save(directory / RESULT_FILE)
     if scenario.tp > 1:
         core.model_executor.shutdown()
+
+
+def _install_emulations(scenario: Scenario, core: Any) -> Counter[str]:
+    """What runner 2 would do on a GPU only; returns the counts it will go on to fill."""
+    events: Counter[str] = Counter()
+    if scenario.graph_rows:
+        from full_graph import FullGraph
+
+        FullGraph(core.model_executor.driver_worker.worker.model_runner, scenario.graph_rows, events)
+    if scenario.reverse_writes:
+        from write_order import reverse_block_table_writes
+
+        reverse_block_table_writes(core.model_executor.driver_worker.worker.model_runner, events)
+    return events
 
 
 def _serve(scenario: Scenario, engine: Any, observer: Observer) -> tuple[list[Output], list[str]]:

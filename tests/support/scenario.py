@@ -27,6 +27,9 @@ class Expected:
     compacted_after_preemption: int = 0
     cached_tokens: int = 0
     aborted: int = 0
+    replays: int = 0
+    padded_replays: int = 0
+    reversed_writes: int = 0
 
 
 @dataclass(frozen=True)
@@ -51,6 +54,9 @@ class Scenario:
     asynchronous: schedule one step ahead.
     compiled: torch.compile.
     tp: tensor-parallel ranks.
+    graph_rows: requests of the emulated FULL CUDA graph that runs decode steps; 0: none. Runner 2 only.
+    reverse_writes: apply each step's block-table writes last to first. Runner 2 only.
+    fault: name of a mistake in ``faults.FAULTS`` to make in the run; "" for none.
     expected: events that must happen.
     """
 
@@ -72,6 +78,9 @@ class Scenario:
     asynchronous: bool = False
     compiled: bool = False
     tp: int = 1
+    graph_rows: int = 0
+    reverse_writes: bool = False
+    fault: str = ""
     expected: Expected = field(default_factory=Expected)
 
     def to_json(self) -> str:
@@ -147,6 +156,8 @@ class Result:
     directory: str
     model: str
     environment: dict[str, str]
+    events: dict[str, int]
+    """What the emulations counted: see ``FullGraph`` and ``reverse_block_table_writes``."""
 
     @classmethod
     def load(cls, path: Path) -> Result:
