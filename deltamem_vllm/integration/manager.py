@@ -26,7 +26,7 @@ class Admission:
     ----------
     max_blocks: bound on the blocks it ever holds if it is compacted between prompt chunks; None for a request that
         must fit whole.
-    reserve: free blocks its own compaction will need.
+    reserve: free blocks its own compaction will need; asked for until it runs.
     """
 
     max_blocks: int | None
@@ -61,7 +61,8 @@ class DeltaMemManager(FullAttentionManager):
             if kwargs.get("apply_admission_cap") and admission.max_blocks is not None:
                 # The bound already contains the room for the copy.
                 return min(needed, admission.max_blocks)
-            reserve = max(reserve, admission.reserve)
+            if request_id not in self.num_cached_block:  # waiting: vLLM keeps this entry while a request runs
+                reserve = max(reserve, admission.reserve)
         # vLLM compares the answer with the free blocks: asking for more leaves the reserve untouched.
         return needed + reserve
 
