@@ -53,7 +53,7 @@ class DeltaMemConfig(BaseModel):
     interval: int = Field(default=128, ge=1)
     """Tokens a request may grow beyond its budget while decoding before it is compacted again."""
 
-    scorer: str = Field(default="delta", min_length=1)
+    scorer: str = Field(default="tova", min_length=1)
     """Which tokens matter: the name of a scorer. `deltamem scorers` lists the installed ones."""
 
     seed: int = Field(default=0, ge=0)

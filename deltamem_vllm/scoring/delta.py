@@ -11,7 +11,7 @@ from deltamem_vllm.scoring.base import Scorer, ScoreView
 
 
 class DeltaScorer(Scorer):
-    """Delta-score, the default: the distance the output moves without this entry.
+    """Delta-score: the distance the output moves without this entry.
 
     A query with weights ``a`` over the resident entries has the output ``o = sum_i a_i v_i``. Without entry j
     the other weights grow by ``1 / (1 - a_j)`` and the output moves by exactly
