@@ -31,7 +31,10 @@ def parser() -> FlexibleArgumentParser:
 
 
 def parse(*args: str) -> argparse.Namespace:
-    return parser().parse_args(["serve", "some-model", *args])
+    parsed = parser().parse_args(["serve", "some-model", *args])
+    # `vllm serve` copies the positional name later; offline, vLLM looks for the default model unless this is a folder.
+    parsed.model = str(Path(__file__).parent)
+    return parsed
 
 
 def refused(capsys: pytest.CaptureFixture[str], *args: str) -> str:
