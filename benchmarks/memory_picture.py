@@ -119,9 +119,9 @@ def draw(rows: dict[str, list[dict[str, float]]], pool_tokens: int, args: argpar
 
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--requests", type=int, default=16)
-    parser.add_argument("--prompt", type=int, default=768, help="tokens of each prompt (default: %(default)s)")
-    parser.add_argument("--output", type=int, default=256, help="tokens of each answer (default: %(default)s)")
+    parser.add_argument("--requests", type=int, default=12)
+    parser.add_argument("--prompt", type=int, default=512, help="tokens of each prompt (default: %(default)s)")
+    parser.add_argument("--output", type=int, default=128, help="tokens of each answer (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, default=Path(__file__).parents[1] / "docs" / "results")
     return parser.parse_args()
