@@ -23,6 +23,8 @@ def policy(**changes: Any) -> dict[str, Any]:
         "recent_tokens": 8,
         "window": 8,
         "interval": 16,
+        # Each head keeps other tokens, which tova's heads do not.
+        "scorer": "delta",
     }
     return fields | changes
 
