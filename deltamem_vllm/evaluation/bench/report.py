@@ -156,7 +156,7 @@ def _compaction(results: Results, run: str, scenario: CompactionScenario) -> lis
             keys = (cell_key(scorer, length, repeat) for repeat in range(scenario.repeats))
             cells = _cells(results, run, keys)
             stalls = [(c["second_token_s"] - c["second_token_dense_s"]) * 1e3 for c in cells]
-            shares = [_shares(results, run, scenario, scorer, length, measure) for measure in scenario.measures()]
+            shares = [_shares(results, run, scenario, scorer, length, measure) for measure in scenario.measures]
             rows.append(
                 (
                     scorer,

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, PositiveInt, TypeAdapter, ValidationError, model_validator
@@ -77,6 +77,9 @@ class Traffic(_Strict):
 
 
 class _Scenario(_Strict):
+    measures: ClassVar[tuple[str, ...]]
+    """Quantities a target may name."""
+
     name: str = Field(pattern=r"^[a-z][a-z0-9-]*$")
     question: str
     engine: EngineSettings = EngineSettings()
@@ -90,16 +93,11 @@ class _Scenario(_Strict):
     def _check(self) -> _Scenario:
         DeltaMemConfig.from_dict(self.policy)
         for target in self.targets:
-            if target.measure not in self.measures():
+            if target.measure not in self.measures:
                 raise ValueError(
-                    f"unknown measure {target.measure!r} in targets; available: {', '.join(self.measures())}"
+                    f"unknown measure {target.measure!r} in targets; available: {', '.join(self.measures)}"
                 )
         return self
-
-    @classmethod
-    def measures(cls) -> tuple[str, ...]:
-        """Quantities a target may name."""
-        raise NotImplementedError(f"{cls.__name__} names no measures")
 
 
 class ThroughputScenario(_Scenario):
@@ -110,10 +108,8 @@ class ThroughputScenario(_Scenario):
     pool_requests: PositiveInt
     """Whole requests that the KV pool holds."""
 
-    @classmethod
-    def measures(cls) -> tuple[str, ...]:
-        """Ratios deltamem / stock."""
-        return ("output_tokens_per_s", "output_tokens_per_cpu_s", "max_running", "mean_running")
+    measures = ("output_tokens_per_s", "output_tokens_per_cpu_s", "max_running", "mean_running")
+    """Ratios deltamem / stock."""
 
     @property
     def max_model_len(self) -> int:
@@ -133,10 +129,8 @@ class CompactionScenario(_Scenario):
     prompt_lengths: Annotated[tuple[PositiveInt, ...], Field(min_length=1)]
     scorers: Annotated[tuple[str, ...], Field(min_length=1)]
 
-    @classmethod
-    def measures(cls) -> tuple[str, ...]:
-        """Shares of the prefill's seconds."""
-        return ("compaction_share", "scoring_share")
+    measures = ("compaction_share", "scoring_share")
+    """Shares of the prefill's seconds."""
 
     @property
     def max_model_len(self) -> int:
