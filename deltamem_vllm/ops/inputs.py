@@ -16,6 +16,38 @@ LAYOUTS = ("slot_major", "keys_transposed", "tiled")
 
 
 @dataclass(frozen=True)
+class DealtTokens:
+    """A whole pool and one request whose pages are spread over all of it, unequally over its pairs (layer, head).
+
+    Attributes
+    ----------
+    pool: ``[NP, block_size * 2 * D]``; pages that belong to nobody hold NaN.
+    layout: of the pages.
+    pages: page ids of pair ``layer * H + head`` in resident order.
+    lengths: resident tokens of each pair; only its last page may have free slots, which hold NaN.
+    kept: ascending resident indices that each pair keeps, a multiple of block_size; together a quarter of the whole
+        pages, or one page if that is more.
+    spare: as many distinct pages that belong to nobody as ``kept`` fills.
+    """
+
+    pool: Tensor
+    layout: PageLayout
+    pages: list[list[int]]
+    lengths: list[int]
+    kept: list[Tensor]
+    spare: list[int]
+
+    def targets(self, ids: list[int]) -> list[list[int]]:
+        """Deal page ids out to the pairs, as many as each needs for what it keeps."""
+        parts, start = [], 0
+        for kept in self.kept:
+            count = len(kept) // self.layout.block_size
+            parts.append(ids[start : start + count])
+            start += count
+        return parts
+
+
+@dataclass(frozen=True)
 class PagedTokens:
     """A cache of one layer and one request's place in it.
 
@@ -62,3 +94,42 @@ def make_paged_tokens(
     cache[source] = torch.randn(blocks, heads, block_size, 2 * dim, generator=generator).to(dtype)
     survivors = torch.stack([torch.randperm(tokens, generator=generator)[:keep].sort().values for _ in range(heads)])
     return PagedTokens(cache, make_layout(layout, block_size, dim), source, spare, tokens, survivors)
+
+
+def make_dealt_tokens(
+    layout: str, pairs: int, dim: int, block_size: int, pages: int, tail: int, dtype: torch.dtype, seed: int
+) -> DealtTokens:
+    """``pairs`` pairs with ``pages`` whole pages on average, at least one each, and ``tail`` tokens more."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def draw(high: int) -> int:
+        return int(torch.randint(high, (1,), generator=generator))
+
+    whole = [1] * pairs
+    rich = [draw(pairs) for _ in range(max(1, pairs // 3))]  # Few pairs hold most pages, as in real dealing.
+    for _ in range(pairs * (pages - 1)):
+        whole[rich[draw(len(rich))] if draw(4) else draw(pairs)] += 1
+    lengths = [n * block_size + tail for n in whole]
+    keep = [0] * pairs
+    for pair in (
+        torch.arange(pairs)
+        .repeat_interleave(torch.tensor(whole))[
+            torch.randperm(sum(whole), generator=generator)[: max(1, sum(whole) // 4)]
+        ]
+        .tolist()
+    ):
+        keep[pair] += 1
+    held = [-(-length // block_size) for length in lengths]
+    order = torch.randperm(sum(held) + sum(keep) + pairs, generator=generator).tolist()
+    ids = [order[sum(held[:i]) : sum(held[: i + 1])] for i in range(pairs)]
+    paged = make_layout(layout, block_size, dim)
+    pool = torch.full((len(order), block_size * 2 * dim), float("nan"), dtype=dtype)
+    pool[order[: sum(held)]] = torch.randn(sum(held), block_size * 2 * dim, generator=generator).to(dtype)
+    if tail % block_size:
+        free = torch.cat([paged.keys[tail % block_size :].flatten(), paged.values[tail % block_size :].flatten()])
+        pool[torch.tensor([own[-1] for own in ids]).unsqueeze(1), free] = float("nan")
+    kept = [
+        torch.randperm(length, generator=generator)[: n * block_size].sort().values
+        for length, n in zip(lengths, keep, strict=True)
+    ]
+    return DealtTokens(pool, paged, ids, lengths, kept, order[sum(held) : sum(held) + sum(keep)])

@@ -4,6 +4,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from torch import Tensor
 
 from deltamem_vllm.ops.layout import PageLayout
@@ -43,4 +45,38 @@ def move_survivors(
             page[layout.keys[j % size]] = key
             page[layout.values[j % size]] = value
             after[target[j // size], head] = page.view(after.shape[2:])
+    return after
+
+
+def read_pooled_token(pool: Tensor, layout: PageLayout, page: int, slot: int) -> tuple[Tensor, Tensor]:
+    """Key and value ([D] each) in one slot of one page of the whole pool, ``[NP, block_size * 2 * D]``."""
+    return pool[page][layout.keys[slot]].clone(), pool[page][layout.values[slot]].clone()
+
+
+def move_dealt(
+    pool: Tensor,
+    layout: PageLayout,
+    source: Sequence[Sequence[int]],
+    target: Sequence[Sequence[int]],
+    survivors: Sequence[Tensor],
+) -> Tensor:
+    """What the pool looks like after a compaction with unequal pages.
+
+    Parameters
+    ----------
+    pool: ``[NP, block_size * 2 * D]``; not modified.
+    source, target: page ids of every pair (layer, head) in resident order; targets may be sources of any pair.
+    survivors: of every pair, ``[len(target) * block_size]`` resident indices into its source tokens.
+
+    Returns
+    -------
+    A new pool: survivor j of a pair stands in slot j % block_size of page target[j // block_size] of that pair.
+    """
+    size = layout.block_size
+    after = pool.clone()
+    for pages, places, kept in zip(source, target, survivors, strict=True):
+        for j, index in enumerate(kept.tolist()):
+            key, value = read_pooled_token(pool, layout, pages[index // size], index % size)
+            after[places[j // size]][layout.keys[j % size]] = key
+            after[places[j // size]][layout.values[j % size]] = value
     return after

@@ -1,0 +1,246 @@
+# SPDX-License-Identifier: Apache-2.0
+# SPDX-FileCopyrightText: Copyright contributors to the deltamem project
+"""Deal whole pages of one request to the pairs (layer, kv head) whose best tokens are worth most.
+
+Inside a pair, tokens are ranked and cut into pages: the best ``block_size`` tokens are page 0, the next ones page 1,
+and so on. A page's utility is the sum of its tokens' scores. A request that keeps m blocks owns ``m * L * H`` pages;
+they go to the best pages of all pairs, and a pair that gets n pages keeps its ``n * block_size`` best tokens.
+
+Everything but :func:`curve` runs without waiting for the device: no data-dependent shapes. What depends on the values
+of a tensor is therefore checked on CPU only.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from deltamem_vllm.dealing.order import FIRST_RANK, INDEX_BITS, INDEX_MASK, LAST_RANK, newest_first, ordered_bits
+
+# Infinite scores count as this much, so that no sum over a request (2 ** 27 entries and more) overflows float32.
+_LARGEST_SCORE = 1e30
+_CURVE_POINTS = 64
+
+
+@dataclass(frozen=True)
+class RankedPages:
+    """The tokens of every pair in the order in which they would be given up last.
+
+    Attributes
+    ----------
+    order: ``[L, H, N]`` int64, resident indices of each pair, best first; indices past a pair's length come last.
+    utility: ``[L, H, P]`` float32, ``P = N // block_size``: the summed scores of each whole page, -inf where a pair's
+        tokens do not fill the page. Never increases after the pages that hold protected tokens.
+    """
+
+    order: Tensor
+    utility: Tensor
+
+
+def page_utilities(scores: Tensor, lengths: Tensor, block_size: int, sink: int, recent: int) -> RankedPages:
+    """Rank every pair's tokens and rate the pages they would fill.
+
+    Protected tokens (the first ``sink`` and the last ``recent`` of a pair) come first whatever their scores; then
+    higher scores, of equal ones the newer token, NaN last: the order of ``scoring.base.select_survivors``. Utilities
+    are sums of the true scores, protected or not, with NaN as 0 and infinity as 1e30. They mean something across pairs
+    only for comparable scores; the ranks inside a pair are right for any.
+
+    Parameters
+    ----------
+    scores: ``[L, H, N]`` float, higher = keep; what stands past a pair's length is ignored.
+    lengths: ``[L, H]`` int64, resident tokens of each pair, at most N.
+    block_size: tokens of a page, at most N.
+    sink, recent: protected tokens at either end of each pair.
+
+    Raises
+    ------
+    ValueError: a shape, dtype or number is none of the above. Lengths are checked on CPU only.
+    """
+    _check_ranking(scores, lengths, block_size, sink, recent)
+    index = torch.arange(scores.shape[2], device=scores.device)
+    ends = lengths.unsqueeze(2)
+    protected = (index < sink) | (index >= ends - recent)
+    scores = scores.float()
+    rank = ordered_bits(scores).masked_fill_(protected, FIRST_RANK).masked_fill_(index >= ends, LAST_RANK)
+    order = newest_first(rank)
+
+    pages = scores.shape[2] // block_size
+    summable = scores.nan_to_num(nan=0.0).clamp_(-_LARGEST_SCORE, _LARGEST_SCORE)
+    ranked = summable.gather(2, order[:, :, : pages * block_size])
+    utility = ranked.view(*ranked.shape[:2], pages, block_size).sum(3)
+    # Pages of descending tokens descend by themselves, but for the rounding of the sums.
+    free = -(-(sink + recent) // block_size)
+    if free < pages:
+        utility[:, :, free:] = utility[:, :, free:].cummin(2).values
+    utility.masked_fill_(torch.arange(1, pages + 1, device=scores.device) * block_size > ends, float("-inf"))
+    return RankedPages(order, utility)
+
+
+def deal(utility: Tensor, block_size: int, budget: int, floor: int) -> Tensor:
+    """Give the pages of ``budget`` blocks to the pairs.
+
+    Every pair gets its first ``floor`` pages; the rest goes to the best pages of all pairs. A page is dealt only after
+    all earlier pages of its pair, so one that is worth more than an earlier page counts as much as that one. Of equal
+    pages the earlier in its pair is dealt first, then the lower layer, then the lower head.
+
+    Parameters
+    ----------
+    utility: ``[L, H, P]`` float, -inf for pages that cannot be dealt, which come last in a pair.
+    block_size: tokens of a page.
+    budget: blocks, ``floor <= budget <= P``. The pairs must have ``budget * L * H`` pages that can be dealt, and each
+        of them ``floor``.
+    floor: pages that every pair gets, 0 or more.
+
+    Returns
+    -------
+    ``[L, H]`` int64: pages of each pair; they sum to ``budget * L * H``.
+
+    Raises
+    ------
+    ValueError: a shape or number is none of the above. Pages that cannot be dealt are counted on CPU only.
+    """
+    _check_utility(utility)
+    layers, heads, count = utility.shape
+    if not 0 <= floor <= budget <= count or block_size < 1:
+        raise ValueError(
+            f"cannot deal {budget} blocks of {block_size} tokens with at least {floor} pages for every pair out of "
+            f"{count} pages a pair; 0 <= floor <= budget <= {count} and block_size >= 1 are needed"
+        )
+    if utility.device.type == "cpu":
+        _check_supply(utility, budget, floor)
+    worth = utility.float()
+    whole = worth != float("-inf")
+    # NaN would swallow all later pages of its pair in cummin.
+    worth = torch.where(whole, worth.nan_to_num(nan=0.0), float("-inf"))
+    # Pages that are dealt anyway (they may hold protected tokens of no worth) must not hold back the later ones.
+    worth[:, :, :floor].masked_fill_(whole[:, :, :floor], float("inf"))
+    rank = ordered_bits(worth.cummin(2).values)
+    rank[:, :, :floor].masked_fill_(whole[:, :, :floor], FIRST_RANK)
+    # (rank, place) is different for every page, so exactly the wanted number reaches the threshold.
+    place = torch.arange(count * layers * heads, device=utility.device).view(count, layers, heads).permute(1, 2, 0)
+    key = (rank << INDEX_BITS) + (INDEX_MASK - place)
+    wanted = budget * layers * heads
+    if wanted == 0:
+        return torch.zeros(layers, heads, dtype=torch.int64, device=utility.device)
+    threshold = key.flatten().topk(wanted, sorted=False).values.amin()
+    return (key >= threshold).sum(2)
+
+
+def survivors(order: Tensor, pages: Tensor, block_size: int) -> Tensor:
+    """Mark the tokens that every pair keeps.
+
+    Parameters
+    ----------
+    order: ``[L, H, N]`` int64 as of :class:`RankedPages`.
+    pages: ``[L, H]`` int64, pages of each pair, ``pages * block_size <= N``.
+    block_size: tokens of a page.
+
+    Returns
+    -------
+    ``[L, H, N]`` bool by resident index: the first ``pages * block_size`` tokens in ``order``.
+
+    Raises
+    ------
+    ValueError: a shape, dtype or number is none of the above. Page counts are checked on CPU only.
+    """
+    if order.dim() != 3 or order.dtype != torch.int64 or pages.shape != order.shape[:2] or pages.dtype != torch.int64:
+        raise ValueError(
+            "order must be [L, H, N] and pages [L, H], both int64, "
+            f"got {tuple(order.shape)} {order.dtype} and {tuple(pages.shape)} {pages.dtype}"
+        )
+    if block_size < 1:
+        raise ValueError(f"block_size must be at least 1, got {block_size}")
+    n = order.shape[2]
+    if pages.device.type == "cpu" and bool(((pages < 0) | (pages * block_size > n)).any()):
+        raise ValueError(
+            f"a pair of {n} tokens can keep 0 to {n // block_size} pages of {block_size}, "
+            f"got {int(pages.min())} to {int(pages.max())}"
+        )
+    kept = torch.arange(n, device=order.device) < (pages * block_size).unsqueeze(2)
+    return torch.empty_like(order, dtype=torch.bool).scatter_(2, order, kept)
+
+
+def curve(utility: Tensor, floor: int) -> tuple[tuple[int, ...], tuple[float, ...]]:
+    """The share of utility that is retained when a request keeps more and more blocks.
+
+    Waits for the device: the result is numbers on the host.
+
+    Parameters
+    ----------
+    utility: ``[L, H, P]`` float; -inf for pages that do not exist. Negative pages count as worth nothing.
+    floor: pages that every pair gets before the others are dealt; also the first point.
+
+    Returns
+    -------
+    blocks: at most 64 ascending block counts from ``floor`` to all there are, closer together where few are kept.
+    mass: the share of all utility that :func:`deal` retains with that many blocks; never decreases, the last is 1.0.
+        If no page is worth anything, the share of the blocks.
+
+    Raises
+    ------
+    ValueError: not a utility, or not every pair has ``floor`` whole pages.
+    """
+    _check_utility(utility)
+    layers, heads, count = utility.shape
+    if not 0 <= floor <= count:
+        raise ValueError(f"floor must lie between 0 and the {count} pages of a pair, got {floor}")
+    _check_supply(utility, floor, floor)
+    pairs = layers * heads
+    last = -(-int((utility != float("-inf")).sum()) // pairs)
+    worth = utility.double().nan_to_num(nan=0.0, posinf=_LARGEST_SCORE).clamp_(min=0.0)
+    always = worth[:, :, :floor].sum()
+    rest = worth[:, :, floor:].cummin(2).values.flatten().sort(descending=True).values[: (last - floor) * pairs]
+    mass: list[float] = torch.cat([always.view(1), rest.view(last - floor, pairs).sum(1)]).cumsum(0).tolist()
+    blocks = _sampled(floor, last)
+    if mass[-1] <= 0.0:
+        mass = [float(m) for m in range(floor, last)] + [max(1.0, last)]
+    return tuple(blocks), (*(min(1.0, mass[m - floor] / mass[-1]) for m in blocks[:-1]), 1.0)
+
+
+def _sampled(first: int, last: int) -> list[int]:
+    """At most 64 integers from ``first`` to ``last``, spaced quadratically: curves bend where little is kept."""
+    steps = _CURVE_POINTS - 1
+    if last - first <= steps:
+        return list(range(first, last + 1))
+    return sorted({first + round((last - first) * (i / steps) ** 2) for i in range(_CURVE_POINTS)})
+
+
+def _check_ranking(scores: Tensor, lengths: Tensor, block_size: int, sink: int, recent: int) -> None:
+    if scores.dim() != 3 or not scores.is_floating_point() or 0 in scores.shape:
+        raise ValueError(
+            f"scores must be a float [L, H, N] without an empty dimension, got {tuple(scores.shape)} {scores.dtype}"
+        )
+    if lengths.shape != scores.shape[:2] or lengths.dtype != torch.int64:
+        raise ValueError(f"lengths must be int64 {tuple(scores.shape[:2])}, got {lengths.dtype} {tuple(lengths.shape)}")
+    n = scores.shape[2]
+    if not 1 <= block_size <= n:
+        raise ValueError(f"block_size must be 1 to {n} (the resident tokens), got {block_size}")
+    if sink < 0 or recent < 0:
+        raise ValueError(f"sink and recent must be >= 0, got {sink=}, {recent=}")
+    if lengths.device.type == "cpu" and bool(((lengths < 0) | (lengths > n)).any()):
+        raise ValueError(f"lengths must lie between 0 and {n}, got {int(lengths.min())} to {int(lengths.max())}")
+
+
+def _check_utility(utility: Tensor) -> None:
+    if utility.dim() != 3 or not utility.is_floating_point() or 0 in utility.shape:
+        raise ValueError(
+            f"utility must be a float [L, H, P] without an empty dimension, got {tuple(utility.shape)} {utility.dtype}"
+        )
+
+
+def _check_supply(utility: Tensor, budget: int, floor: int) -> None:
+    """Whether the pairs have the pages; reads values, so it waits for the device."""
+    whole = (utility != float("-inf")).sum(2)
+    pairs = whole.numel()
+    if int(whole.min()) < floor:
+        raise ValueError(
+            f"every pair must get {floor} pages but one has only {int(whole.min())}; lower the floor or the number of "
+            "protected tokens"
+        )
+    if int(whole.sum()) < budget * pairs:
+        raise ValueError(
+            f"cannot deal {budget} blocks = {budget * pairs} pages: the {pairs} pairs have {int(whole.sum())} whole "
+            f"pages; deal at most {int(whole.sum()) // pairs} blocks"
+        )

@@ -1,0 +1,172 @@
+# SPDX-License-Identifier: Apache-2.0
+# SPDX-FileCopyrightText: Copyright contributors to the deltamem project
+"""Deals the pages of one request: rate its tokens, share the pages out, move the survivors."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from deltamem_vllm.dealing.deal import RankedPages, curve, deal, page_utilities, survivors
+from deltamem_vllm.dealing.prior import HeadPrior, combine
+from deltamem_vllm.dealing.redundancy import discount_repeats
+from deltamem_vllm.dealing.tables import PageTables
+from deltamem_vllm.memory.budgets import cdiv
+from deltamem_vllm.memory.curves import UtilityCurve
+from deltamem_vllm.memory.plans import CompactionPlan, Probe
+from deltamem_vllm.ops.dealt_pages import DealtPages
+from deltamem_vllm.scoring.base import Scorer, ScoreView
+from deltamem_vllm.scoring.window import ObservationWindow
+
+# Survivors moved at a time when the copy is out of place: bounds the scratch memory (with D = 128 in bf16: 256 MiB).
+_TOKENS_AT_A_TIME = 1 << 19
+
+
+@dataclass(frozen=True)
+class Valued:
+    """A request's resident tokens and what they are worth.
+
+    Attributes
+    ----------
+    pages: ``[L, H, W]`` int32 page numbers in token order.
+    ranked: tokens of each pair, best first, in whole pages.
+    utility: ``[L, H, P]`` float32, of those pages, comparable across pairs.
+    floor: pages that every pair gets.
+    """
+
+    pages: Tensor
+    ranked: RankedPages
+    utility: Tensor
+    floor: int
+
+
+class Dealer:
+    """Shares pages among the (layer, kv head) pairs of this rank.
+
+    Parameters
+    ----------
+    tables: where every request's pages are; told of the new ones.
+    mover: reads and writes tokens in pages.
+    scales: each layer's factor on q . k.
+    window: recorded queries; None if no scorer needs any.
+    prior: the model's head profile on this rank; None without a calibration.
+    redundancy: similarity from which a token repeats another; 0 turns the discount off.
+    seed: of the policy.
+
+    Attributes
+    ----------
+    scoring_seconds: time spent on scoring so far.
+    """
+
+    def __init__(
+        self,
+        tables: PageTables,
+        mover: DealtPages,
+        scales: Sequence[float],
+        window: ObservationWindow | None,
+        prior: HeadPrior | None,
+        redundancy: float,
+        seed: int,
+    ) -> None:
+        self.tables = tables
+        self._mover = mover
+        self._scales = scales
+        self._window = window
+        self._prior = prior
+        self._redundancy = redundancy
+        self._seed = seed
+        self.scoring_seconds = 0.0
+
+    @torch.inference_mode()
+    def run(self, plan: CompactionPlan, scorer: Scorer) -> Tensor:
+        """Carry out a compaction.
+
+        Returns
+        -------
+        ``[L, H, N]`` bool: the resident tokens that each pair kept.
+        """
+        pool = self.tables.pool
+        valued = self._value(plan, plan.source_blocks, plan.resident_before, scorer)
+        budget = len(plan.target_blocks)
+        counts = deal(valued.utility, pool.block_size, budget, valued.floor)
+        keep = survivors(valued.ranked.order, counts, pool.block_size)
+        target = pool.ids(torch.tensor(plan.target_blocks, device=pool.device)).flatten().long()
+        self._move(valued.pages, keep, target, plan.in_place)
+        self.tables.put(plan.request_id, plan.serial, budget, counts, target)
+        return keep
+
+    @torch.inference_mode()
+    def probe(self, probe: Probe, scorer: Scorer) -> UtilityCurve:
+        """What the request would retain with fewer and fewer blocks. Reads a few numbers back from the device."""
+        valued = self._value(probe, probe.source_blocks, probe.resident_len, scorer)
+        blocks, mass = curve(valued.utility, valued.floor)
+        return UtilityCurve(blocks, mass)
+
+    def _value(self, request: CompactionPlan | Probe, blocks: Sequence[int], resident: int, scorer: Scorer) -> Valued:
+        began = time.perf_counter()
+        pool = self.tables.pool
+        pages, lengths = self.tables.source(request.request_id, blocks, resident)
+        scores = self._scores(request.request_id, pages, lengths, scorer)
+        on_device = lengths.to(pool.device)
+        ranked = page_utilities(scores, on_device, pool.block_size, request.sink_tokens, request.recent_tokens)
+        live = ranked.utility if request.dealing == "global" and scorer.comparable else None
+        prior = None
+        if self._prior is not None:
+            count = ranked.utility.shape[2]
+            prior = self._prior.pages(request.logical_len, pool.block_size, count, on_device)
+        if live is None and prior is None:
+            # Nothing says that one pair deserves more than another: all get the same.
+            rank = torch.arange(ranked.utility.shape[2], 0, -1, device=pool.device, dtype=torch.float32)
+            live = rank.expand_as(ranked.utility).masked_fill(ranked.utility == float("-inf"), float("-inf"))
+        utility = combine(live, prior)
+        self.scoring_seconds += time.perf_counter() - began
+        floor = max(cdiv(request.sink_tokens + request.recent_tokens, pool.block_size), 1)
+        return Valued(pages, ranked, utility, floor)
+
+    def _scores(self, request_id: str, pages: Tensor, lengths: Tensor, scorer: Scorer) -> Tensor:
+        """Scores of every resident token, ``[L, H, N]``; N is the longest pair's length."""
+        pool = self.tables.pool
+        rows = self._window.rows(request_id) if scorer.needs_queries and self._window is not None else None
+        scores = torch.full((pool.layers, pool.heads, int(lengths.max())), float("-inf"), device=pool.device)
+        for layer in range(pool.layers):
+            queries = None
+            if rows is not None:
+                assert self._window is not None, "rows come from it"
+                queries = self._window.rings[layer].index_select(0, rows).transpose(0, 1)
+            tokens = lengths[layer].tolist()
+            if len(set(tokens)) == 1:  # one view of all heads
+                scores[layer, :, : tokens[0]] = self._score(layer, pages[layer], tokens[0], queries, scorer)
+                continue
+            group = queries.shape[0] // pool.heads if queries is not None else 0
+            for head, count in enumerate(tokens):
+                part = None if queries is None else queries[head * group : (head + 1) * group]
+                scores[layer, head, :count] = self._score(layer, pages[layer, head : head + 1], count, part, scorer)[0]
+        return scores
+
+    def _score(self, layer: int, pages: Tensor, count: int, queries: Tensor | None, scorer: Scorer) -> Tensor:
+        keys, values = self._mover.read(self.tables.pool.flat, pages, count)
+        if queries is not None and queries.shape[1] > count:
+            queries = queries[:, queries.shape[1] - count :]  # a pair may hold fewer tokens than the window has queries
+        view = ScoreView(keys, values, queries, self._scales[layer], layer, self._seed)
+        scores = scorer.score(view)
+        return discount_repeats(scores, keys, values, self._redundancy) if self._redundancy > 0 else scores
+
+    def _move(self, pages: Tensor, keep: Tensor, target: Tensor, in_place: bool) -> None:
+        """Survivors of the first pair fill the first target pages, then the second pair's, and so on."""
+        pool, size = self.tables.pool, self.tables.pool.block_size
+        count = target.shape[0] * size
+        where = torch.nonzero_static(keep.flatten(), size=count).squeeze(1)
+        pair, token = where // keep.shape[2], where % keep.shape[2]
+        page = pages.flatten(0, 1)[pair, token // size].long()
+        slot = token % size
+        if in_place:  # a page may be a source and a target: read all before anything is written
+            self._mover.scatter(pool.flat, target, *self._mover.gather(pool.flat, page, slot))
+            return
+        for start in range(0, count, _TOKENS_AT_A_TIME):
+            part = slice(start, start + _TOKENS_AT_A_TIME)
+            keys, values = self._mover.gather(pool.flat, page[part], slot[part])
+            self._mover.scatter(pool.flat, target[start // size : (start + _TOKENS_AT_A_TIME) // size], keys, values)
