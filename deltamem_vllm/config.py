@@ -11,7 +11,7 @@ from __future__ import annotations
 import difflib
 import re
 from collections.abc import Iterable, Mapping
-from typing import Any, Literal
+from typing import Any, Literal, get_args, get_origin
 
 from annotated_types import Ge, Gt, Le, Lt
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
@@ -19,6 +19,13 @@ from pydantic_core import ErrorDetails
 
 CONFIG_KEY = "deltamem"
 """Key of vLLM's ``additional_config`` that holds the policy's configuration."""
+
+_IN_WORDS = {
+    "scorer": "an installed scorer",
+    "request_scorers": "installed scorers",
+    "calibration": "'auto', 'none' or a path",
+}
+"""Fields whose range no constraint says."""
 
 
 class ConfigError(ValueError):
@@ -32,11 +39,39 @@ class DeltaMemConfig(BaseModel):
         frozen=True, extra="forbid", strict=True, allow_inf_nan=False, use_attribute_docstrings=True
     )
 
-    mode: Literal["always"] = "always"
-    """When to evict. `always` holds every request to its budget, however empty the pool is."""
+    mode: Literal["pressure", "always"] = "pressure"
+    """`pressure` evicts only as the pool fills; `always` holds every request to its budget, however empty it is."""
 
     keep_ratio: float = Field(default=0.1, gt=0, le=1)
-    """Share of a request's tokens that stay in the KV cache. 1 keeps everything."""
+    """Share of a request's tokens that stays in the KV cache whatever the pressure; 1 keeps everything. The budget
+    in mode `always`, the least a request is left with in mode `pressure` or with `coverage`."""
+
+    keep_tokens: int | None = Field(default=None, ge=1)
+    """Tokens of a request that stay, however long it is, instead of the share `keep_ratio`."""
+
+    coverage: float | None = Field(default=None, gt=0, le=1)
+    """Keep the fewest pages with this share of a request's utility, between `keep_ratio` and `max_keep_ratio`. An easy
+    prompt then keeps less than a dense one."""
+
+    max_keep_ratio: float = Field(default=1.0, gt=0, le=1)
+    """Largest share of a request's tokens that `coverage` may keep."""
+
+    dealing: Literal["global", "profile", "equal"] = "global"
+    """How the pages of a request are shared among layers and heads: by what the scores of this request say, by the
+    calibration's profile alone, or the same number for each. `global` takes the profile into account, too, where there
+    is a calibration."""
+
+    calibration: str = Field(default="auto", min_length=1)
+    """What was learned of the model by `deltamem calibrate`: found by the model's fingerprint, a path, or nothing."""
+
+    redundancy: float = Field(default=0.0, ge=0, le=1)
+    """Similarity from which an entry counts as a repeat of another and is worth less; 0 looks for no repeats."""
+
+    high_watermark: float = Field(default=0.9, gt=0, le=1)
+    """Share of the pool in use at which mode `pressure` starts to evict. What is above it is room for copies."""
+
+    low_watermark: float = Field(default=0.8, gt=0, lt=1)
+    """Share of the pool in use to which mode `pressure` then evicts. Must be below `high_watermark`."""
 
     min_tokens: int = Field(default=256, ge=0)
     """Requests shorter than this many tokens are left alone. It bounds `keep_ratio` from below."""
@@ -44,8 +79,9 @@ class DeltaMemConfig(BaseModel):
     sink_tokens: int = Field(default=4, ge=0)
     """Tokens at the start of a request that are never evicted. Attention parks unused weight on them."""
 
-    recent_tokens: int = Field(default=32, ge=1)
-    """Newest tokens of a request that are never evicted. Must be at least `window`."""
+    recent_tokens: int = Field(default=8, ge=1)
+    """Newest tokens of a request that are never evicted. Must be at least `window`. Every head of every layer keeps
+    them, so each more is taken from heads that have use for others."""
 
     window: int = Field(default=8, ge=1, le=256)
     """How many of the newest queries are remembered per layer to score tokens with."""
@@ -69,6 +105,40 @@ class DeltaMemConfig(BaseModel):
                 f"recent_tokens={self.recent_tokens} is smaller than window={self.window}, but the queries "
                 "that score the cache belong to tokens that must still be in it; "
                 f"set recent_tokens to at least {self.window}, or window to at most {self.recent_tokens}"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _low_is_below_high(self) -> DeltaMemConfig:
+        if self.low_watermark >= self.high_watermark:
+            raise ValueError(
+                f"low_watermark={self.low_watermark} is not below high_watermark={self.high_watermark}, so eviction "
+                f"would start again at once; set low_watermark below {self.high_watermark} or raise high_watermark"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _coverage_has_room(self) -> DeltaMemConfig:
+        if self.coverage is None:
+            return self
+        if self.keep_ratio > self.max_keep_ratio:
+            raise ValueError(
+                f"keep_ratio={self.keep_ratio} is larger than max_keep_ratio={self.max_keep_ratio}, and coverage keeps "
+                f"a share between the two; lower keep_ratio to at most {self.max_keep_ratio} or raise max_keep_ratio"
+            )
+        if self.dealing == "equal":
+            raise ValueError(
+                f"coverage={self.coverage} together with dealing='equal': what a number of tokens covers is only known "
+                "where pages are dealt; set dealing to 'global' or 'profile', or leave coverage out"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _profile_has_a_calibration(self) -> DeltaMemConfig:
+        if self.dealing == "profile" and self.calibration == "none":
+            raise ValueError(
+                "dealing='profile' together with calibration='none': the profile is part of the calibration; set "
+                "calibration to 'auto' or a path, or dealing to 'global' or 'equal'"
             )
         return self
 
@@ -161,7 +231,7 @@ def check_fields(given: object) -> None:
 def field_help() -> list[str]:
     """One line per field: name, type, default and the first sentence of its docstring."""
     return [
-        f"{name}: {_type_name(name)} = {field.default!r} [{_allowed(name)}]: {_first_sentence(field.description)}"
+        f"{name}: {_type_name(name)} = {_default(name)} [{_allowed(name)}]: {_first_sentence(field.description)}"
         for name, field in DeltaMemConfig.model_fields.items()
     ]
 
@@ -173,24 +243,30 @@ def help_text() -> str:
 
 def _describe(detail: ErrorDetails) -> str:
     name = str(detail["loc"][0])
-    default = DeltaMemConfig.model_fields[name].default
     return (
         f"{name}: got {detail['input']!r}, allowed: {_type_name(name)}, {_allowed(name)}; "
-        f"give such a value or leave it out for the default {default!r}"
+        f"give such a value or leave it out for the default {_default(name)}"
     )
 
 
+def _default(name: str) -> str:
+    """The default as it is written in a configuration: JSON and YAML say null where Python says None."""
+    default = DeltaMemConfig.model_fields[name].default
+    return "null" if default is None else repr(default)
+
+
 def _type_name(name: str) -> str:
-    annotation = DeltaMemConfig.__annotations__[name]
-    return "str" if str(annotation).startswith("Literal") else str(annotation)
+    annotation = str(DeltaMemConfig.__annotations__[name])
+    return "str" if annotation.startswith("Literal") else annotation.replace(" | None", " or null")
 
 
 def _allowed(name: str) -> str:
     """The range of a field in words, read from its own constraints so that the two cannot differ."""
+    if name in _IN_WORDS:
+        return _IN_WORDS[name]
     field = DeltaMemConfig.model_fields[name]
-    choices = getattr(field.annotation, "__args__", ())
-    if choices:
-        return "one of " + ", ".join(repr(choice) for choice in choices)
+    if get_origin(field.annotation) is Literal:
+        return "one of " + ", ".join(repr(choice) for choice in get_args(field.annotation))
     words = []
     for limit in field.metadata:
         if isinstance(limit, Gt):
@@ -201,8 +277,6 @@ def _allowed(name: str) -> str:
             words.append(f"< {limit.lt}")
         elif isinstance(limit, Le):
             words.append(f"<= {limit.le}")
-    if name in ("scorer", "request_scorers"):
-        return "an installed scorer" if name == "scorer" else "installed scorers"
     return " and ".join(words)
 
 

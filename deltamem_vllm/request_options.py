@@ -21,10 +21,17 @@ PREFIX = "deltamem"
 """Every extra argument that starts so is ours, and refused when we do not know it."""
 
 POLICY = "deltamem_policy"
+MODE = "deltamem_mode"
 KEEP_RATIO = "deltamem_keep_ratio"
+KEEP_TOKENS = "deltamem_keep_tokens"
+COVERAGE = "deltamem_coverage"
+DEALING = "deltamem_dealing"
 MIN_TOKENS = "deltamem_min_tokens"
 SCORER = "deltamem_scorer"
-KEYS = (POLICY, KEEP_RATIO, MIN_TOKENS, SCORER)
+KEYS = (POLICY, MODE, KEEP_RATIO, KEEP_TOKENS, COVERAGE, DEALING, MIN_TOKENS, SCORER)
+
+MODES = ("pressure", "always")
+DEALINGS = ("global", "profile", "equal")
 
 
 class RequestOptionError(ValueError):
@@ -36,7 +43,7 @@ class RequestOptionError(ValueError):
         self.value = value
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class RequestOptions:
     """What the policy does with one request.
 
@@ -44,8 +51,16 @@ class RequestOptions:
     ----------
     enabled
         False leaves the request alone: its KV cache is never evicted.
+    mode
+        ``pressure``: evicted only as the pool fills; ``always``: held to its budget.
     keep_ratio
-        Share of the request's tokens that stay resident, in (0, 1].
+        Share of the request's tokens that stays resident, in (0, 1]; unused if ``keep_tokens`` is given.
+    keep_tokens
+        Tokens that stay resident, at least 1; None for the share.
+    coverage
+        Share of the request's utility to keep, in (0, 1]; None to keep a fixed number of tokens.
+    dealing
+        How its pages are shared among layers and heads: ``global``, ``profile`` or ``equal``.
     min_tokens
         The request is left alone while it is shorter than this many tokens.
     scorer
@@ -53,7 +68,11 @@ class RequestOptions:
     """
 
     enabled: bool
+    mode: str
     keep_ratio: float
+    keep_tokens: int | None
+    coverage: float | None
+    dealing: str
     min_tokens: int
     scorer: str
 
@@ -64,7 +83,7 @@ class RequestOptions:
         Raises
         ------
         RequestOptionError
-            An unknown key that starts with `PREFIX`, or a value out of range.
+            An unknown key that starts with `PREFIX`, a value out of range, or keys that exclude each other.
         """
         given = own_args(extra_args)
         for key, value in given.items():
@@ -72,12 +91,41 @@ class RequestOptions:
                 close = difflib.get_close_matches(key, KEYS, n=1)
                 hint = f" (did you mean {close[0]!r}?)" if close else ""
                 raise RequestOptionError(key, value, f"one of the keys {', '.join(KEYS)}{hint}")
-        return cls(
-            enabled=_policy(given.get(POLICY, "on")),
-            keep_ratio=_keep_ratio(given.get(KEEP_RATIO, config.keep_ratio)),
-            min_tokens=_min_tokens(given.get(MIN_TOKENS, config.min_tokens)),
+        options = cls(
+            enabled=_one_of(POLICY, given.get(POLICY, "on"), ("on", "off")) == "on",
+            mode=_one_of(MODE, given.get(MODE, config.mode), MODES),
+            keep_ratio=_share(KEEP_RATIO, given.get(KEEP_RATIO, config.keep_ratio)),
+            keep_tokens=_keep_tokens(given, config),
+            coverage=_coverage(given, config),
+            dealing=_one_of(DEALING, given.get(DEALING, config.dealing), DEALINGS),
+            min_tokens=_whole(MIN_TOKENS, given.get(MIN_TOKENS, config.min_tokens), least=0),
             scorer=_scorer(given.get(SCORER, config.scorer), config),
         )
+        options._check_together(given, config)
+        return options
+
+    def _check_together(self, given: Mapping[str, Any], config: DeltaMemConfig) -> None:
+        """The rules between fields; a server's own settings keep them, so some key of the request breaks them."""
+        if self.dealing != "equal" and config.dealing == "equal":
+            raise RequestOptionError(DEALING, self.dealing, "'equal' on this server, which has dealing='equal'")
+        if self.dealing == "profile" and config.calibration == "none":
+            raise RequestOptionError(DEALING, self.dealing, "'global' or 'equal': this server has no calibration")
+        if self.coverage is None:
+            return
+        if self.dealing == "equal":
+            if COVERAGE in given:
+                raise RequestOptionError(COVERAGE, given[COVERAGE], f"'off' where {DEALING} is 'equal'")
+            raise RequestOptionError(
+                DEALING,
+                self.dealing,
+                f"'global' or 'profile' on this server, which has coverage={self.coverage}; or send {COVERAGE} 'off'",
+            )
+        if self.keep_tokens is None and self.keep_ratio > config.max_keep_ratio:
+            raise RequestOptionError(
+                KEEP_RATIO if KEEP_RATIO in given else COVERAGE,
+                given.get(KEEP_RATIO, self.coverage),
+                f"with coverage, a {KEEP_RATIO} of at most this server's max_keep_ratio={config.max_keep_ratio}",
+            )
 
 
 def own_args(extra_args: Mapping[str, Any] | None) -> dict[str, Any]:
@@ -85,28 +133,44 @@ def own_args(extra_args: Mapping[str, Any] | None) -> dict[str, Any]:
     return {key: value for key, value in (extra_args or {}).items() if key.startswith(PREFIX)}
 
 
-def _policy(value: object) -> bool:
-    if value not in ("on", "off"):
-        raise RequestOptionError(POLICY, value, "'on' or 'off'")
-    return value == "on"
+def _one_of(key: str, value: object, choices: tuple[str, ...]) -> str:
+    if not isinstance(value, str) or value not in choices:
+        raise RequestOptionError(key, value, " or ".join(repr(choice) for choice in choices))
+    return value
 
 
-def _keep_ratio(value: object) -> float:
+def _share(key: str, value: object, otherwise: str = "") -> float:
     # bool is an int in Python; JSON true is a mistake here, not a ratio of 1.
-    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
-        raise RequestOptionError(KEEP_RATIO, value, "a number > 0 and <= 1")
-    if not 0 < value <= 1:
-        raise RequestOptionError(KEEP_RATIO, value, "a number > 0 and <= 1")
+    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value) or not 0 < value <= 1:
+        raise RequestOptionError(key, value, f"a number > 0 and <= 1{otherwise}")
     return float(value)
 
 
-def _min_tokens(value: object) -> int:
+def _whole(key: str, value: object, least: int) -> int:
     # JSON has one number type and vLLM's xargs may hand an integer over as a float.
     if isinstance(value, float) and value.is_integer():
         value = int(value)
-    if isinstance(value, bool) or not isinstance(value, int) or value < 0:
-        raise RequestOptionError(MIN_TOKENS, value, "a whole number >= 0")
+    if isinstance(value, bool) or not isinstance(value, int) or value < least:
+        raise RequestOptionError(key, value, f"a whole number >= {least}")
     return value
+
+
+def _keep_tokens(given: Mapping[str, Any], config: DeltaMemConfig) -> int | None:
+    if KEEP_TOKENS in given:
+        if KEEP_RATIO in given:
+            raise RequestOptionError(
+                KEEP_TOKENS, given[KEEP_TOKENS], f"either it or {KEEP_RATIO} ({given[KEEP_RATIO]!r}), not both"
+            )
+        return _whole(KEEP_TOKENS, given[KEEP_TOKENS], least=1)
+    # A request that asks for a share means it, also where the server's default is a number of tokens.
+    return None if KEEP_RATIO in given else config.keep_tokens
+
+
+def _coverage(given: Mapping[str, Any], config: DeltaMemConfig) -> float | None:
+    # Extra arguments cannot be null, so the server's coverage is switched off by a word.
+    if COVERAGE not in given:
+        return config.coverage
+    return None if given[COVERAGE] == "off" else _share(COVERAGE, given[COVERAGE], " or 'off'")
 
 
 def _scorer(value: object, config: DeltaMemConfig) -> str:

@@ -47,7 +47,27 @@ def test_presence_of_the_key_turns_the_policy_on() -> None:
         ({"window": 257, "recent_tokens": 300}, ["window: got 257", "<= 256"]),
         ({"interval": 0}, ["interval: got 0", ">= 1"]),
         ({"min_tokens": 1.5}, ["min_tokens: got 1.5", "int, >= 0"]),
-        ({"mode": "pressure"}, ["mode: got 'pressure'", "one of 'always'"]),
+        ({"mode": "never"}, ["mode: got 'never'", "one of 'pressure', 'always'", "default 'pressure'"]),
+        ({"dealing": None}, ["dealing: got None", "one of 'global', 'profile', 'equal'"]),
+        ({"keep_tokens": 0}, ["keep_tokens: got 0", "int or null, >= 1", "default null"]),
+        ({"keep_tokens": 2.5}, ["keep_tokens: got 2.5", "int or null, >= 1"]),
+        ({"coverage": 99}, ["coverage: got 99", "float or null, > 0 and <= 1"]),
+        ({"max_keep_ratio": 0}, ["max_keep_ratio: got 0", "> 0 and <= 1"]),
+        ({"redundancy": -0.1}, ["redundancy: got -0.1", ">= 0 and <= 1"]),
+        ({"calibration": ""}, ["calibration: got ''", "'auto', 'none' or a path"]),
+        ({"request_scorers": "tova"}, ["request_scorers: got 'tova'", "list[str], installed scorers"]),
+        ({"high_watermark": 1.1}, ["high_watermark: got 1.1", "> 0 and <= 1"]),
+        ({"low_watermark": 1}, ["low_watermark: got 1", "> 0 and < 1"]),
+        ({"low_watermark": 0.9}, ["low_watermark=0.9 is not below high_watermark=0.9", "raise high_watermark"]),
+        (
+            {"coverage": 0.99, "keep_ratio": 0.5, "max_keep_ratio": 0.25},
+            ["keep_ratio=0.5 is larger than max_keep_ratio=0.25", "at most 0.25"],
+        ),
+        ({"coverage": 0.99, "dealing": "equal"}, ["coverage=0.99", "dealing='equal'", "leave coverage out"]),
+        (
+            {"dealing": "profile", "calibration": "none"},
+            ["dealing='profile'", "calibration='none'", "'auto' or a path"],
+        ),
         ({"recent_tokens": 4}, ["recent_tokens=4", "window=8", "at least 8", "at most 4"]),
         ({"sink_tokens": -1, "seed": -1}, ["sink_tokens: got -1", "seed: got -1"]),
         (None, ["NoneType", "JSON object"]),
@@ -63,6 +83,7 @@ def test_bad_values_say_what_was_given_and_what_is_allowed(given: Any, words: li
 
 def test_single_fields_are_checked_without_rules_between_fields() -> None:
     check_fields({"window": 64})
+    check_fields({"low_watermark": 0.95})
     with pytest.raises(ConfigError):
         DeltaMemConfig.from_dict({"window": 64})
 
@@ -78,7 +99,16 @@ def test_every_field_is_documented() -> None:
         assert line.startswith(f"{name}: ")
         assert line.endswith(".")
         assert "\n" not in line
+        assert "None" not in line and "<class" not in line, "a user writes JSON or YAML"
     assert lines["window"].startswith("window: int = 8 [>= 1 and <= 256]: How many")
+    assert lines["keep_tokens"].startswith("keep_tokens: int or null = null [>= 1]: Tokens")
+    assert lines["mode"].startswith("mode: str = 'pressure' [one of 'pressure', 'always']: `pressure` evicts")
+
+
+def test_null_leaves_an_optional_field_out() -> None:
+    assert DeltaMemConfig.from_dict({"keep_tokens": None, "coverage": None}) == DeltaMemConfig()
+    # Between them only with coverage: without it, the upper bound bounds nothing.
+    assert DeltaMemConfig.from_dict({"keep_ratio": 0.5, "max_keep_ratio": 0.25}).coverage is None
 
 
 def test_scorers_are_looked_up_by_name() -> None:
