@@ -108,6 +108,18 @@ METRICS: tuple[Metric, ...] = (
         initial=("no_free_blocks", "shared_prefix"),
     ),
     Metric(
+        "pressure_blocks",
+        "pressure_blocks",
+        "counter",
+        "KV blocks taken from requests because the pool filled (mode pressure).",
+    ),
+    Metric(
+        "probes",
+        "probes",
+        "counter",
+        "Questions to the workers what a request's cached tokens are worth.",
+    ),
+    Metric(
         "preempted_compacted",
         "preempted_compacted_requests",
         "counter",
@@ -141,6 +153,12 @@ METRICS: tuple[Metric, ...] = (
         "compacted_requests",
         "gauge",
         "Live requests that have been compacted at least once.",
+    ),
+    Metric(
+        "dealt_requests",
+        "dealt_requests",
+        "gauge",
+        "Live requests whose pages were dealt to layers and heads.",
     ),
     Metric(
         "tier_bytes",

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 # SPDX-FileCopyrightText: Copyright contributors to the deltamem project
-"""The attention seam: vLLM's own backends, which also record the observation window.
+"""The attention seam: vLLM's own backends, which also record the observation window and read dealt pages.
 
-Reading the cache stays stock. The step's ``WindowWrite`` rides on the attention metadata, so a captured CUDA graph
-holds on to the same index buffers that later steps fill.
+The step's ``WindowWrite`` and ``DealtRead`` ride on the attention metadata, so a captured CUDA graph holds on to the
+same buffers that later steps fill.
 """
 
 from __future__ import annotations
@@ -13,11 +13,13 @@ from typing import Any
 
 from torch import Tensor
 from vllm.v1.attention.backends.registry import AttentionBackendEnum, register_backend
+from vllm.v1.kv_cache_interface import KVCacheLayout
 
+from deltamem_vllm.integration.dealt_read import ReadsDealtPages
 from deltamem_vllm.scoring.window import WindowWrite, record
 
 OBSERVED = ("CPU_ATTN", "FLASH_ATTN", "TRITON_ATTN")
-"""Backends with an observed version; any other is refused when the scorer needs queries."""
+"""Backends with an observed version; any other is refused when the scorer needs queries or pages are dealt."""
 
 
 class ObservesQueries:
@@ -43,13 +45,22 @@ class ObservesQueries:
         return result
 
 
-def _observed(backend: type) -> type:
+def _observed(name: str, backend: type) -> type:
     impl = backend.get_impl_cls()  # type: ignore[attr-defined]
-    observed_impl = type(f"Observed{impl.__name__}", (ObservesQueries, impl), {"__module__": __name__})
+    observed_impl = type(
+        f"Observed{impl.__name__}",
+        (ObservesQueries, ReadsDealtPages, impl),
+        {"__module__": __name__, "deltamem_backend": name},
+    )
     return type(
         f"Observed{backend.__name__}",
         (backend,),
-        {"__module__": __name__, "get_impl_cls": staticmethod(lambda: observed_impl)},
+        {
+            "__module__": __name__,
+            "get_impl_cls": staticmethod(lambda: observed_impl),
+            # A page must be one piece of memory: heads outside of tokens. GPU backends would choose the other order.
+            "supported_kv_cache_layouts": classmethod(lambda cls: (KVCacheLayout.LBHNC,)),
+        },
     )
 
 
@@ -63,7 +74,7 @@ def __getattr__(name: str) -> type:
         raise AttributeError(f"module {__name__} has no attribute {name}")
     if backend not in _built:
         module, _, qualname = _STOCK_PATHS[backend].rpartition(".")
-        _built[backend] = _observed(getattr(importlib.import_module(module), qualname))
+        _built[backend] = _observed(backend, getattr(importlib.import_module(module), qualname))
     return _built[backend]
 
 

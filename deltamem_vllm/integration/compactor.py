@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 # SPDX-FileCopyrightText: Copyright contributors to the deltamem project
-"""Carries out a CompactionPlan on one worker: score, choose, copy, layer by layer."""
+"""Carries out a CompactionPlan on one worker: score, choose, copy; layer by layer where all heads keep the same."""
 
 from __future__ import annotations
 
@@ -10,7 +10,9 @@ from collections.abc import Callable, Mapping, Sequence
 import torch
 from torch import Tensor
 
-from deltamem_vllm.memory.plans import CompactionPlan
+from deltamem_vllm.dealing.dealer import Dealer
+from deltamem_vllm.memory.curves import UtilityCurve
+from deltamem_vllm.memory.plans import CompactionPlan, Probe
 from deltamem_vllm.ops.pages import PageMover, take_tokens
 from deltamem_vllm.scoring.base import Scorer, ScoreView, select_survivors
 from deltamem_vllm.scoring.window import ObservationWindow
@@ -27,10 +29,12 @@ class Compactor:
     scorers: rate the resident tokens; a plan names its own.
     window: recorded queries; None if no scorer needs any.
     seed: of the policy.
+    dealer: carries out the plans whose pages are dealt; None where all plans are ``equal``.
 
     Attributes
     ----------
-    on_compaction: called with the plan and each layer's survivors ([H_kv, keep] resident indices); for tests.
+    on_compaction: called with the plan and the survivors: for each layer and kv head the resident indices it kept,
+        ascending, [n] int64. For tests and instruments.
     """
 
     def __init__(
@@ -41,6 +45,7 @@ class Compactor:
         scorers: Mapping[str, Scorer],
         window: ObservationWindow | None,
         seed: int,
+        dealer: Dealer | None = None,
     ) -> None:
         self._caches = caches
         self._scales = scales
@@ -48,26 +53,48 @@ class Compactor:
         self.scorers = scorers
         self._window = window
         self._seed = seed
-        self.on_compaction: Callable[[CompactionPlan, list[Tensor]], None] | None = None
+        self._dealer = dealer
+        self.on_compaction: Callable[[CompactionPlan, list[list[Tensor]]], None] | None = None
         self._timings = {"scoring_us": 0, "compaction_us": 0}
 
     @torch.inference_mode()
     def run(self, plan: CompactionPlan) -> None:
-        """Copy the survivors of one request into the plan's target blocks.
-
-        All tokens of a layer are read before any is written, so in-place plans need no special case.
-        """
+        """Copy the survivors of one request into the plan's target blocks."""
         began = time.perf_counter()
+        scorer = self.scorers[plan.scorer]
+        carry_out = self._run_equal if plan.dealing == "equal" else self._run_dealt
+        scoring = carry_out(plan, scorer)
+        # On a GPU this is the time to issue the work; the device does it before the step's forward pass.
+        self._timings["scoring_us"] += round(scoring * 1e6)
+        self._timings["compaction_us"] += round((time.perf_counter() - began) * 1e6)
+
+    def probe(self, probe: Probe) -> UtilityCurve:
+        """What a request's tokens are worth, for the scheduler."""
+        assert self._dealer is not None, "the worker makes one where pages are dealt"
+        began = time.perf_counter()
+        answer = self._dealer.probe(probe, self.scorers[probe.scorer])
+        self._timings["scoring_us"] += round((time.perf_counter() - began) * 1e6)
+        return answer
+
+    def _run_dealt(self, plan: CompactionPlan, scorer: Scorer) -> float:
+        assert self._dealer is not None, "the worker makes one where pages are dealt"
+        before = self._dealer.scoring_seconds
+        keep = self._dealer.run(plan, scorer)
+        if self.on_compaction is not None:
+            self.on_compaction(plan, [[head.nonzero().squeeze(1) for head in layer] for layer in keep])
+        return self._dealer.scoring_seconds - before
+
+    def _run_equal(self, plan: CompactionPlan, scorer: Scorer) -> float:
+        """All tokens of a layer are read before any is written, so in-place plans need no special case."""
         scoring = 0.0
         device = self._caches[0].device
         source = _ids(plan.source_blocks, device)
         target = _ids(plan.target_blocks, device)
-        scorer = self.scorers[plan.scorer]
         rows = None
         if scorer.needs_queries:
             assert self._window is not None, "the worker makes one for such scorers"
             rows = self._window.rows(plan.request_id)
-        survivors: list[Tensor] = []
+        survivors: list[list[Tensor]] = []
         for layer, cache in enumerate(self._caches):
             keys, values = self._mover.read(cache, source, plan.resident_before)
             score_began = time.perf_counter()
@@ -75,12 +102,10 @@ class Compactor:
             scoring += time.perf_counter() - score_began
             self._mover.write(cache, target, take_tokens(keys, index), take_tokens(values, index))
             if self.on_compaction is not None:
-                survivors.append(index)
+                survivors.append(list(index))
         if self.on_compaction is not None:
             self.on_compaction(plan, survivors)
-        # On a GPU this is the time to issue the work; the device does it before the step's forward pass.
-        self._timings["scoring_us"] += round(scoring * 1e6)
-        self._timings["compaction_us"] += round((time.perf_counter() - began) * 1e6)
+        return scoring
 
     def take_timings(self) -> dict[str, int]:
         """Microseconds spent since the last call; compaction includes scoring."""

@@ -32,6 +32,10 @@ _ARGS = "vllm.engine.arg_utils:EngineArgs"
 _SCHEDULER = "deltamem_vllm.integration.scheduler"
 _WORKER = "deltamem_vllm.integration.worker"
 
+CPU_PAGE_TOKENS = 32
+"""Block size on a CPU unless one is given: the smallest its kernels take. Heads are dealt whole pages, and vLLM's own
+default of 128 tokens would leave most heads of a short prompt with one."""
+
 
 def install() -> None:
     """Teach ``EngineArgs`` our flags. Safe to call again; changes nothing for who does not use them."""
@@ -78,6 +82,7 @@ def _make_create_engine_config(original: Callable[..., Any]) -> Callable[..., An
 def _prepare(engine_args: EngineArgs) -> DeltaMemConfig:
     """Check that the policy can run at all, and write it into the engine arguments."""
     from vllm import __version__ as vllm_version
+    from vllm.platforms import current_platform
 
     check_vllm_version(vllm_version)
     ledger.verify_ledger()
@@ -85,6 +90,8 @@ def _prepare(engine_args: EngineArgs) -> DeltaMemConfig:
     config.check_scorers()
     _check_scheduler(engine_args.scheduler_cls)
     engine_args.worker_cls = worker_path(engine_args.worker_cls)
+    if config.dealing != "equal" and engine_args.block_size is None and current_platform.is_cpu():
+        engine_args.block_size = CPU_PAGE_TOKENS
     # A new dict: the given one may be a caller's, or shared with the parsed arguments.
     engine_args.additional_config = {**engine_args.additional_config, CONFIG_KEY: config.to_json_dict()}
     _watch_requests(required=True)
@@ -93,9 +100,13 @@ def _prepare(engine_args: EngineArgs) -> DeltaMemConfig:
 
 def _finish(vllm_config: VllmConfig, config: DeltaMemConfig) -> None:
     """Refuse what is not served exactly, choose the scheduler, and say what is active."""
-    from deltamem_vllm.integration import refusals
+    from deltamem_vllm.integration import calibrations, refusals
 
     refusals.check_supported(vllm_config)
+    found = calibrations.find_calibration(vllm_config, config)
+    # Every process uses what was found here, and requests are told when there is none.
+    config = config.model_copy(update={"calibration": str(found.folder) if found is not None else "none"})
+    vllm_config.additional_config[CONFIG_KEY] = config.to_json_dict()
     vllm_config.scheduler_config.scheduler_cls = scheduler_path(vllm_config)
     ledger.apply("vllm.v1.engine.async_llm:load_stat_logger_plugin_factories", _with_our_stat_logger)
     logs.attach_vllm_handlers()
@@ -110,6 +121,13 @@ def _finish(vllm_config: VllmConfig, config: DeltaMemConfig) -> None:
             vllm_config.scheduler_config.scheduler_cls,
             parallel.worker_cls,
         )
+        if config.dealing != "equal":
+            logger.info(
+                "deltamem deals pages %s",
+                f"with the calibration in {found.folder}"
+                if found is not None
+                else "by live scores alone: no calibration (see `deltamem calibrate`)",
+            )
 
 
 def _with_our_stat_logger(load: Callable[[], list[Any]]) -> Callable[[], list[Any]]:

@@ -362,8 +362,8 @@ LEDGER: tuple[Patch, ...] = (
     Patch(
         "vllm.v1.attention.backends.cpu_attn:CPUAttentionBackendImpl.forward",
         "subclassed",
-        "records the observation window",
-        "an official way to observe queries",
+        "records the observation window, and reads dealt pages: to it they look like a model with one kv head",
+        "an official way to observe queries; page tables per layer and kv head",
         "self, layer, query, key, value, kv_cache, attn_metadata, output, output_scale, output_block_scale",
     ),
     Patch(
@@ -372,6 +372,30 @@ LEDGER: tuple[Patch, ...] = (
         "writes a probe page, to learn where the backend puts each element",
         "a description of the page layout",
         "self, layer, key, value, kv_cache, slot_mapping",
+    ),
+    Patch(
+        "vllm.v1.attention.backends.cpu_attn:CPUAttentionMetadata",
+        "used",
+        "a copy of it describes every (request, kv head) as a sequence",
+        "page tables per layer and kv head",
+        "num_actual_tokens, max_query_len, query_start_loc, max_seq_len, seq_lens, block_table, slot_mapping, "
+        "scheduler_metadata, causal, dynamic_causal, use_sdpa_prefill, num_decode_tokens, sdpa_attn_masks, "
+        "sdpa_start_loc, encoder_cache",
+    ),
+    Patch(
+        "vllm._custom_ops:cpu_attn_get_scheduler_metadata",
+        "used",
+        "divides the work of those sequences among threads",
+        "as above",
+        "num_reqs, num_heads, num_kv_heads, head_dim, seq_lens, dtype, query_start_loc, causal, sliding_window_size, "
+        "isa, enable_kv_split, dynamic_causal, kv_cache_dtype",
+    ),
+    Patch(
+        "vllm.v1.attention.backend:AttentionBackend.supported_kv_cache_layouts",
+        "subclassed",
+        "a page must be one piece of memory, so heads stand outside of tokens",
+        "nothing: it is meant for this",
+        "",
     ),
     Patch(
         "vllm.v1.attention.backends.flash_attn:FlashAttentionImpl.forward",
@@ -395,6 +419,22 @@ LEDGER: tuple[Patch, ...] = (
         "as on the CPU",
         "as on the CPU",
         "self, layer, query, key, value, kv_cache, attn_metadata, output, output_scale, output_block_scale",
+        requires="cuda",
+    ),
+    Patch(
+        "vllm.v1.attention.backends.flash_attn:FlashAttentionMetadata.scheduler_metadata",
+        "used",
+        "left out for dealt pages: it was computed for other sequences",
+        "page tables per layer and kv head",
+        None,
+        requires="cuda",
+    ),
+    Patch(
+        "vllm.v1.attention.backends.triton_attn:TritonAttentionMetadataBuilder.build",
+        "used",
+        "its metadata's seq_threshold_3D is None for dealt pages: the split-KV scratch is sized for another batch",
+        "page tables per layer and kv head",
+        "self, common_prefix_len, common_attn_metadata, fast_build",
         requires="cuda",
     ),
     Patch(

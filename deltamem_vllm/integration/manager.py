@@ -39,6 +39,7 @@ class DeltaMemManager(FullAttentionManager):
     Attributes
     ----------
     evicted: request id -> logical minus resident tokens, for compacted requests only.
+    dealt: request id -> serial of its last compaction, for those whose pages were dealt.
     admissions: request id -> Admission, for requests the policy applies to.
     reserve: blocks that allocation must leave free this step, so that the next out-of-place compaction can start.
     """
@@ -46,6 +47,7 @@ class DeltaMemManager(FullAttentionManager):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.evicted: dict[str, int] = {}
+        self.dealt: dict[str, int] = {}
         self.admissions: dict[str, Admission] = {}
         self.reserve = 0
 
@@ -78,6 +80,7 @@ class DeltaMemManager(FullAttentionManager):
     def pop_blocks_for_free(self, request_id: str) -> list[KVCacheBlock]:
         # Finish, abort and preemption all pass here: the request starts over as a dense one.
         self.evicted.pop(request_id, None)
+        self.dealt.pop(request_id, None)
         return super().pop_blocks_for_free(request_id)
 
     def owned_share(self, request_id: str) -> float:

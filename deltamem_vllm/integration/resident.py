@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 from vllm.v1.core.sched.output import SchedulerOutput
 
+from deltamem_vllm.integration.dealt_batch import DealtBatch
 from deltamem_vllm.scoring.window import ObservationWindow, WindowWrite
 
 
@@ -92,11 +93,13 @@ class StepState:
     ----------
     rows: evicted tokens by batch row.
     window: the observation window; None if the scorer needs none.
+    dealt: how the batch reads dealt pages; None if none are ever dealt.
     """
 
-    def __init__(self, rows: ResidentRows, window: ObservationWindow | None) -> None:
+    def __init__(self, rows: ResidentRows, window: ObservationWindow | None, dealt: DealtBatch | None) -> None:
         self.rows = rows
         self.window = window
+        self.dealt = dealt
         self.write: WindowWrite | None = None
 
     def begin(self, output: SchedulerOutput) -> None:
@@ -108,20 +111,26 @@ class StepState:
     def take_batch(self, output: SchedulerOutput, request_ids: Sequence[str], padded: int) -> None:
         """The batch's row order is final: work out its evicted rows and window write."""
         self.rows.set(request_ids, output.deltamem.evicted)  # type: ignore[attr-defined]
+        if self.dealt is not None and request_ids:
+            self.dealt.take_batch(output, request_ids)
         if self.window is not None and request_ids:
             first = first_positions(output)
             counts = [output.num_scheduled_tokens[r] for r in request_ids]
             self.write = self.window.begin_step(request_ids, [first[r] for r in request_ids], counts, padded)
 
-    def take_dummy(self, padded: int) -> None:
+    def take_dummy(self, requests: int, padded: int) -> None:
         """A batch without requests (warm-up, graph capture, data-parallel idling)."""
         self.rows.clear()
+        if self.dealt is not None:
+            self.dealt.take_dummy(requests, padded)
         self.write = self.window.idle(padded) if self.window is not None else None
 
     def attach(self, metadata: Any) -> None:
-        """Let the attention seam find the window write on a backend's metadata object."""
+        """Let the attention seam find the window write and the dealt pages on a backend's metadata object."""
         if self.write is not None:
             metadata.deltamem_window = self.write
+        if self.dealt is not None:
+            self.dealt.attach(metadata)
 
 
 def first_positions(output: SchedulerOutput) -> dict[str, int]:

@@ -84,7 +84,7 @@ class RunnerV1Hooks:
             common_prefix_len: int, common_attn_metadata: CommonAttentionMetadata, *args: Any, **kwargs: Any
         ) -> Any:
             if not self._in_batch:
-                state.take_dummy(common_attn_metadata.num_actual_tokens)
+                state.take_dummy(common_attn_metadata.num_reqs, common_attn_metadata.num_actual_tokens)
             metadata = build(common_prefix_len, self._resident(common_attn_metadata), *args, **kwargs)
             state.attach(metadata)
             return metadata

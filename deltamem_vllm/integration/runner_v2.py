@@ -76,7 +76,7 @@ class RunnerV2Hooks:
         """A copy of the batch with resident lengths; the batch itself stays logical for the sampler."""
         real, self._real = self._real, None
         if input_batch is not real:
-            self._state.take_dummy(input_batch.num_tokens_after_padding)
+            self._state.take_dummy(input_batch.num_reqs, input_batch.num_tokens_after_padding)
         rows = self._state.rows
         changed: dict[str, Any] = {"seq_lens": rows.seq_lens(input_batch.seq_lens)}
         if rows.any:

@@ -13,13 +13,22 @@ from vllm.v1.kv_cache_interface import KVCacheConfig, KVCacheSpec
 from vllm.v1.outputs import AsyncModelRunnerOutput, ModelRunnerOutput
 
 from deltamem_vllm.config import DeltaMemConfig
+from deltamem_vllm.dealing.dealer import Dealer
+from deltamem_vllm.dealing.pool import PagePool
+from deltamem_vllm.dealing.tables import PageTables
 from deltamem_vllm.integration import backends, spec
+from deltamem_vllm.integration.calibrations import find_calibration, rank_prior
 from deltamem_vllm.integration.compactor import Compactor
+from deltamem_vllm.integration.dealt_batch import DealtBatch
+from deltamem_vllm.integration.dealt_read import READERS, ReadsDealtPages
 from deltamem_vllm.integration.refusals import check_supported
 from deltamem_vllm.integration.resident import ResidentRows, StepState
 from deltamem_vllm.integration.runner_v1 import RunnerV1Hooks
 from deltamem_vllm.integration.runner_v2 import RunnerV2Hooks
+from deltamem_vllm.memory.budgets import cdiv
+from deltamem_vllm.memory.curves import UtilityCurve
 from deltamem_vllm.memory.plans import StepPlan
+from deltamem_vllm.ops.dealt_pages import DealtPages
 from deltamem_vllm.ops.layout import probe_layout
 from deltamem_vllm.ops.pages import PageMover
 from deltamem_vllm.scoring.registry import load_scorer
@@ -59,16 +68,38 @@ class WorkerMemory:
                 layer.impl.deltamem_ring = ring
         layout = probe_layout(_writer(layers[0]), caches[0])
         scales = [float(layer.impl.scale) for layer in layers]
-        self.compactor = Compactor(caches, scales, PageMover(layout), scorers, self.window, config.seed)
-        state = StepState(ResidentRows(max_requests, max_tokens, device), self.window)
+        self.dealt: DealtBatch | None = None
+        dealer: Dealer | None = None
+        if config.dealing != "equal":
+            _check_readable(layers)
+            tables = make_tables(vllm_config, PagePool(caches))
+            self.dealt = DealtBatch(tables, has_graphs(vllm_config), vllm_config.model_config.max_model_len)
+            _install_tables(vllm_config, caches)
+            calibration = find_calibration(vllm_config, config)
+            prior = rank_prior(calibration, tables.pool) if calibration is not None else None
+            dealer = Dealer(tables, DealtPages(layout), scales, self.window, prior, config.redundancy, config.seed)
+        self.compactor = Compactor(caches, scales, PageMover(layout), scorers, self.window, config.seed, dealer)
+        state = StepState(ResidentRows(max_requests, max_tokens, device), self.window, self.dealt)
         hooks = RunnerV2Hooks if is_v2(runner) else RunnerV1Hooks
         self.hooks: RunnerV1Hooks | RunnerV2Hooks = hooks(runner, state)
+        self._curves: dict[str, UtilityCurve] = {}
 
     def run_step(self, output: Any) -> None:
         """Compactions first: vLLM's own state update may hand their source blocks to other requests."""
+        if self.dealt is not None:
+            self.dealt.begin(output)
+        for probe in output.deltamem.probes:
+            self._curves[probe.request_id] = self.compactor.probe(probe)
         for plan in output.deltamem.compactions:
             self.compactor.run(plan)
+        if self.dealt is not None:
+            self.dealt.tables.keep_only(output.deltamem.dealt)
         self.hooks.begin_step(output)
+
+    def take_curves(self) -> dict[str, UtilityCurve]:
+        """Answers to the probes since the last call."""
+        taken, self._curves = self._curves, {}
+        return taken
 
 
 class DeltaMemWorkerMixin:
@@ -86,15 +117,16 @@ class DeltaMemWorkerMixin:
         return spec.convert(specs)
 
     def determine_available_memory(self) -> int:
-        """Bytes for the KV cache: what vLLM found free, less the observation window."""
+        """Bytes for the KV cache: what vLLM found free, less the observation window and the page tables."""
         available: int = super().determine_available_memory()  # type: ignore[misc]
-        window = window_bytes(self.vllm_config)
-        if window >= available:
+        window, tables = window_bytes(self.vllm_config), table_bytes(self.vllm_config)
+        if window + tables >= available:
             raise ValueError(
-                f"the observation window needs {window} bytes and only {available} are free for the KV cache. Lower "
-                "--max-num-seqs or --deltamem-config.window, or choose a scorer that needs no queries."
+                f"the observation window needs {window} bytes and the page tables {tables}, but only {available} are "
+                "free for the KV cache. Lower --max-num-seqs, --max-model-len or --deltamem-config.window, or choose a "
+                "scorer that needs no queries."
             )
-        return available - window
+        return available - window - tables
 
     def initialize_from_config(self, kv_cache_config: KVCacheConfig) -> None:
         super().initialize_from_config(kv_cache_config)  # type: ignore[misc]
@@ -112,28 +144,72 @@ class DeltaMemWorkerMixin:
             output = super().execute_model(scheduler_output)  # type: ignore[misc]
         finally:
             memory.hooks.end_step()
-        return self._with_timings(output)
+        return self._with_report(output)
 
     def sample_tokens(self, *args: Any, **kwargs: Any) -> Any:
-        return self._with_timings(super().sample_tokens(*args, **kwargs))  # type: ignore[misc]
+        return self._with_report(super().sample_tokens(*args, **kwargs))  # type: ignore[misc]
 
-    def _with_timings(self, output: Any) -> Any:
-        """Send timings to the scheduler with the step's output, which is pickled with its attributes."""
+    def _with_report(self, output: Any) -> Any:
+        """Send timings and utility curves to the scheduler with the step's output, pickled with its attributes."""
         if self.deltamem is None:
             return output
         if isinstance(output, AsyncModelRunnerOutput):
             wait = output.get_output
-            timings = self.deltamem.compactor.take_timings()
+            timings, curves = self.deltamem.compactor.take_timings(), self.deltamem.take_curves()
 
             def get_output() -> ModelRunnerOutput:
                 result = wait()
                 result.deltamem_timings = timings  # type: ignore[attr-defined]
+                result.deltamem_curves = curves  # type: ignore[attr-defined]
                 return result
 
             output.get_output = get_output  # type: ignore[method-assign]
         elif isinstance(output, ModelRunnerOutput):
             output.deltamem_timings = self.deltamem.compactor.take_timings()  # type: ignore[attr-defined]
+            output.deltamem_curves = self.deltamem.take_curves()  # type: ignore[attr-defined]
         return output
+
+
+def has_graphs(vllm_config: Any) -> bool:
+    """Whether whole steps, attention included, may be replayed from captured graphs."""
+    mode = vllm_config.compilation_config.cudagraph_mode
+    return current_platform.device_type != "cpu" and bool(mode is not None and mode.has_full_cudagraphs())
+
+
+def make_tables(vllm_config: Any, pool: PagePool) -> PageTables:
+    """Page tables for the largest batch."""
+    width = cdiv(vllm_config.model_config.max_model_len, pool.block_size) + 1
+    return PageTables(pool, batch_limits(vllm_config)[0], width, has_graphs(vllm_config))
+
+
+def table_bytes(vllm_config: Any) -> int:
+    """Bytes the page tables take on this rank's device from the start; tables that grow come out of free memory."""
+    config = DeltaMemConfig.from_additional_config(vllm_config.additional_config)
+    if config.dealing == "equal" or not has_graphs(vllm_config):
+        return 0
+    model, parallel = vllm_config.model_config, vllm_config.parallel_config
+    width = cdiv(model.max_model_len, vllm_config.cache_config.block_size) + 1
+    pairs = model.get_num_layers(parallel) * model.get_num_kv_heads(parallel)
+    return int(batch_limits(vllm_config)[0] * pairs * (width + 2) * 4)
+
+
+def _install_tables(vllm_config: Any, caches: list[torch.Tensor]) -> None:
+    """Tell every attention layer which tables are its own; layers that share a cache share them."""
+    index = {cache.data_ptr(): i for i, cache in enumerate(caches)}
+    for layer in vllm_config.compilation_config.static_forward_context.values():
+        cache = getattr(layer, "kv_cache", None)
+        if isinstance(cache, torch.Tensor) and cache.data_ptr() in index:
+            layer.impl.install_page_tables(index[cache.data_ptr()])
+
+
+def _check_readable(layers: list[Any]) -> None:
+    blind = sorted({type(layer.impl).__name__ for layer in layers if not isinstance(layer.impl, ReadsDealtPages)})
+    if blind:
+        raise ValueError(
+            f"dealt pages cannot be read by the attention implementation in use: found {', '.join(blind)}; supported "
+            f"backends: {', '.join(READERS)}. Choose one with --attention-backend, or keep the same number of tokens "
+            "in every head with --deltamem-config.dealing equal."
+        )
 
 
 def is_v2(runner: Any) -> bool:

@@ -136,6 +136,12 @@ class Scorer(ABC):
     """Paper and arXiv id, or where else the idea comes from."""
     needs_queries: ClassVar[bool] = False
     """Whether the worker must record the observation window for it."""
+    comparable: ClassVar[bool] = False
+    """Whether scores estimate future utility in one unit for all heads and layers, so that they may be added up and
+    compared across them. Dealing then shares pages out by them; otherwise they only rank tokens inside a head.
+
+    Attention of the newest queries does not qualify, although it is a mass: heads that retrieve rest on the sink until
+    something is to be retrieved, and would be left with nothing (measured: docs/results/eval)."""
 
     @abstractmethod
     def score(self, view: ScoreView) -> Tensor:

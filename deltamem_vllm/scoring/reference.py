@@ -93,6 +93,18 @@ def keydiff(view: ScoreView) -> Tensor:
     return scores
 
 
+def distinct(view: ScoreView) -> Tensor:
+    """(1 - cosine between a key and the mean of the unit keys) times the distance of its value from the mean value."""
+    apart = keydiff(view) + 1.0
+    scores = torch.zeros_like(apart)
+    for head in range(view.num_kv_heads):
+        values = list(view.values[head].double())
+        mean = sum(values[1:], values[0]) / len(values)
+        for j, value in enumerate(values):
+            scores[head, j] = float(apart[head, j]) * float((value - mean).norm())
+    return scores
+
+
 def select(scores: Tensor, keep: int, sink: int, recent: int) -> Tensor:
     """Sort (protected, score, index) downwards, one head at a time."""
     n = scores.shape[1]

@@ -47,7 +47,7 @@ SHAPES = [
 
 
 class TestScores:
-    @pytest.mark.parametrize("name", ["delta", "snapkv", "tova", "keydiff"])
+    @pytest.mark.parametrize("name", ["delta", "snapkv", "tova", "distinct", "keydiff"])
     @pytest.mark.parametrize("shape", SHAPES)
     def test_matches_definition(self, name: str, shape: dict) -> None:
         view = make_view(**shape)
@@ -248,7 +248,7 @@ def foreign(monkeypatch: pytest.MonkeyPatch):
 
 class TestRegistry:
     def test_builtins_without_metadata(self, foreign) -> None:
-        assert registry.scorer_names() == ("delta", "snapkv", "tova", "keydiff", "streaming", "random")
+        assert registry.scorer_names() == ("delta", "snapkv", "tova", "distinct", "keydiff", "streaming", "random")
         assert set(registry.available_scorers()) == set(registry.scorer_names())
 
     def test_metadata_that_repeats_the_builtins_is_no_duplicate(self, foreign) -> None:
