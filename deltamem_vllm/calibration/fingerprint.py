@@ -3,7 +3,8 @@
 """Which model a calibration belongs to: its sizes and a sample of its weights, the same in every plain dtype.
 
 A model published in 16 bits and its copies in float32, bfloat16 and float16 agree, whichever version of
-transformers wrote their config.json; so do a float32 model and its bfloat16 copy. A fine-tuned model differs.
+transformers wrote their config.json; so do a float32 model and its bfloat16 copy. A fine-tuned model
+differs, unless the tuning left the sampled projections alone.
 
 Nothing here imports transformers or uses the network: servers do this at start.
 """

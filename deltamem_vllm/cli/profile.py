@@ -30,6 +30,13 @@ def profile(
     ] = "smollm2",
     scorer: Annotated[str, typer.Option(help="Which tokens matter; see `deltamem scorers`.")] = "tova",
     keep_ratio: Annotated[float, typer.Option(help="Share of the tokens that stays, > 0 and <= 1.")] = 0.1,
+    dealing: Annotated[
+        str,
+        typer.Option(
+            help="How layers and heads share what stays: global (by utility and calibration), profile (by the "
+            "calibration alone) or equal."
+        ),
+    ] = "global",
     deltamem_config: Annotated[
         str, typer.Option(help="Further fields of the policy as JSON, as for `vllm serve`.")
     ] = "{}",
@@ -59,7 +66,13 @@ def profile(
             made = read_profile(from_)
         else:
             policy = policy_of(
-                {**parse_fields(deltamem_config), "scorer": scorer, "keep_ratio": keep_ratio, "seed": seed}
+                {
+                    **parse_fields(deltamem_config),
+                    "scorer": scorer,
+                    "keep_ratio": keep_ratio,
+                    "dealing": dealing,
+                    "seed": seed,
+                }
             )
             wanted = Wanted(text, prompt_file, length, tuple(mark or ()), chat, seed)
             settings = Settings(model, output_tokens, chunk, block_size)

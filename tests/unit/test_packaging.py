@@ -144,6 +144,6 @@ def test_a_wheel_has_what_the_commands_read(tmp_path: Path) -> None:
     for kind in ("bench", "eval"):
         expected = {f"deltamem_vllm/configs/{kind}/{path.name}" for path in (ROOT / "configs" / kind).glob("*.yaml")}
         assert expected and expected <= shipped
-    for folder, pattern in (("evaluation/plan", "*.json"), ("evaluation/texts", "*.bz2")):
-        expected = {f"deltamem_vllm/{folder}/{path.name}" for path in (PACKAGE / folder).glob(pattern)}
+    for pattern in ("evaluation/plan/*.json", "evaluation/texts/*.bz2", "calibration/shipped/*/*"):
+        expected = {path.relative_to(PACKAGE.parent).as_posix() for path in PACKAGE.glob(pattern)}
         assert expected and expected <= shipped
