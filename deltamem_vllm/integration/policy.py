@@ -92,7 +92,9 @@ class Policy:
         self.governed[request.request_id] = Governed(budget, options.mode, options.dealing, options.scorer)
         dense = cdiv(min(prompt + new, self._max_model_len), self._size)
         if dense <= self.usable_blocks:
-            reserve = reserve_blocks(budget, prompt, self._size)
+            # Under pressure the high watermark leaves the room for copies; with a reserve on top of it, requests would
+            # be cut before they have to be.
+            reserve = reserve_blocks(budget, prompt, self._size) if options.mode == "always" else 0
             reserve = min(reserve, self._reserve_limit, self.usable_blocks - dense)
             admission = Admission(max_blocks=None, reserve=reserve)
         else:
@@ -226,9 +228,11 @@ class Policy:
         if len(running) < 2 or not self._manager.enable_caching:
             return 0  # alone, or without prefix caching, a request can always be packed in place
         pending = (
-            reserve_blocks(self.governed[r.request_id].budget, r.num_prompt_tokens, self._size)
+            reserve_blocks(state.budget, r.num_prompt_tokens, self._size)
             for r in running
-            if r.request_id in self.governed and r.request_id not in self._manager.evicted
+            if (state := self.governed.get(r.request_id)) is not None
+            and state.mode == "always"
+            and r.request_id not in self._manager.evicted
         )
         return min(max(pending, default=0), self._reserve_limit)
 

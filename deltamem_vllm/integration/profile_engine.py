@@ -24,6 +24,7 @@ from vllm.engine.arg_utils import EngineArgs
 from vllm.outputs import RequestOutput
 from vllm.v1.engine.llm_engine import LLMEngine
 
+from deltamem_vllm.integration.calibrations import find_calibration
 from deltamem_vllm.integration.ledger import verify_ledger
 from deltamem_vllm.integration.ledger_instruments import INSTRUMENTS
 from deltamem_vllm.integration.parent_pipe import ParentPipe
@@ -34,6 +35,9 @@ from deltamem_vllm.scoring.base import Scorer, ScoreView
 class ScoreTap(Scorer):
     """Another scorer, whose scores of one compaction are kept, and beside them what the window attended to.
 
+    Until the first compaction all heads have the same tokens, so each layer is scored in one view. Later ones may score
+    head by head; `recording` is off by then.
+
     Parameters
     ----------
     scorer
@@ -42,8 +46,11 @@ class ScoreTap(Scorer):
     Attributes
     ----------
     utility, attention
-        [H_kv, n] float32 for each layer scored so far. Attention is the mean over the window's queries and over
-        the query heads that share a kv head, so each row sums to 1.
+        [H_kv, n] float32 for each layer, of the last time it was scored: the scheduler may have asked for scores before
+        it compacts. Attention is the mean over the window's queries and over the query heads that share a kv head, so
+        each row sums to 1. Utility is what the scorer gave: repeats are discounted, and pages rated, after it.
+    recording
+        Whether these are kept.
     """
 
     # Whatever the scorer needs: attention is recorded for all of them.
@@ -51,15 +58,18 @@ class ScoreTap(Scorer):
 
     def __init__(self, scorer: Scorer) -> None:
         self._scorer = scorer
-        self.utility: list[Tensor] = []
-        self.attention: list[Tensor] = []
+        # Dealing asks for it; of a class variable, because a scorer's own does not depend on the instance.
+        self.comparable = scorer.comparable  # type: ignore[misc]
+        self.utility: dict[int, Tensor] = {}
+        self.attention: dict[int, Tensor] = {}
         self.recording = True
 
     def score(self, view: ScoreView) -> Tensor:
         scores = self._scorer.score(view)
         if self.recording:
-            self.utility.append(scores.float().cpu())
-            self.attention.append(view.attention().mean((1, 2)).cpu())
+            # A copy: on a CPU it would be the scores themselves, which whoever asked may change.
+            self.utility[view.layer] = scores.to("cpu", torch.float32, copy=True)
+            self.attention[view.layer] = view.attention().mean((1, 2)).cpu()
         return scores
 
 
@@ -83,6 +93,7 @@ class Session:
         self._compactions: list[dict[str, Any]] = []
         self._arrays: dict[str, np.ndarray] = {}
         config = core.vllm_config
+        calibration = find_calibration(config, self._scheduler.deltamem_config)
         model, parallel = config.model_config, config.parallel_config
         pool = self._scheduler.deltamem_stats()["pool"]
         self.facts = {
@@ -100,6 +111,9 @@ class Session:
             "pool_blocks": pool["blocks"],
             "max_num_batched_tokens": config.scheduler_config.max_num_batched_tokens,
             "policy": self._scheduler.deltamem_config.to_json_dict(),
+            # What pages were dealt by: scores that compare between heads, the calibration's profile of them, or both.
+            "comparable_scores": self._tap.comparable,
+            "calibration": None if calibration is None else calibration.card.fingerprint,
         }
 
     def run(self, prompt: list[int], output_tokens: int, arrays: str) -> dict[str, Any]:
@@ -140,14 +154,18 @@ class Session:
             )
         return output
 
-    def _on_compaction(self, plan: CompactionPlan, survivors: list[Tensor]) -> None:
+    def _on_compaction(self, plan: CompactionPlan, survivors: list[list[Tensor]]) -> None:
         if not self._compactions:
-            self._arrays["utility"] = torch.stack(self._tap.utility).numpy()
-            self._arrays["attention"] = torch.stack(self._tap.attention).numpy()
+            for name, layers in (("utility", self._tap.utility), ("attention", self._tap.attention)):
+                self._arrays[name] = torch.stack([layers[layer] for layer in sorted(layers)]).numpy()
             self._tap.recording = False
         # The scheduler has noted the step before the worker gets to it.
         step = len(self._steps) - 1
-        self._arrays[f"survivors_{len(self._compactions)}"] = torch.stack(survivors).cpu().numpy().astype(np.int32)
+        number = len(self._compactions)
+        # Heads may keep different numbers: one list after the other, and how long each is.
+        flat = torch.cat([head for heads in survivors for head in heads])
+        self._arrays[f"survivors_{number}"] = flat.cpu().numpy().astype(np.int32)
+        self._arrays[f"counts_{number}"] = np.array([[len(head) for head in heads] for heads in survivors])
         fields = asdict(plan)
         counts = {name: len(fields.pop(f"{name}_blocks")) for name in ("source", "target")}
         del fields["request_id"], fields["blocks_after"]

@@ -5,20 +5,30 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import torch
 import typer
 from PIL import Image
 from typer.testing import CliRunner, Result
 
 from deltamem_vllm.cli.profile import profile as command
 from deltamem_vllm.evaluation.profile import run as profile_run
-from deltamem_vllm.evaluation.profile.analysis import bin_tokens, bin_width, deal, held_mass, rank_in_head
+from deltamem_vllm.evaluation.profile.analysis import (
+    bin_tokens,
+    bin_width,
+    deal,
+    equal_split,
+    held_mass,
+    rank_in_head,
+)
 from deltamem_vllm.evaluation.profile.build import assemble, policy_of, tokens_kept
+from deltamem_vllm.evaluation.profile.comparison import comparison_of
 from deltamem_vllm.evaluation.profile.document import Profile, read_profile, write_profile
 from deltamem_vllm.evaluation.profile.errors import ProfileError
 from deltamem_vllm.evaluation.profile.meaning import meaning_of
@@ -30,9 +40,11 @@ from deltamem_vllm.evaluation.profile.packing import (
     utility_scale,
 )
 from deltamem_vllm.evaluation.profile.prompt import Prompts
-from deltamem_vllm.evaluation.profile.recording import Compaction, Recording, Step, positions_after
+from deltamem_vllm.evaluation.profile.ragged import Ragged
+from deltamem_vllm.evaluation.profile.recording import Compaction, Recording, Step, lengths_before, positions_after
 from deltamem_vllm.evaluation.profile.summary import mark_kept, memory_kept
-from deltamem_vllm.scoring.registry import BUILTIN
+from deltamem_vllm.scoring.base import select_survivors
+from deltamem_vllm.scoring.registry import BUILTIN, available_scorers
 
 APP = typer.Typer(pretty_exceptions_enable=False)
 APP.command()(command)
@@ -44,18 +56,23 @@ def invoke(*arguments: str | Path) -> Result:
     return CliRunner().invoke(APP, [str(argument) for argument in arguments])
 
 
-def survivors(scores: np.ndarray, keep: int) -> np.ndarray:
-    """The engine's choice: first and last tokens, then the highest."""
-    scores = scores.copy()
-    scores[..., :SINKS] = scores[..., scores.shape[2] - RECENT :] = np.inf
-    return np.sort(np.argsort(-scores, axis=2, kind="stable")[..., :keep], axis=2).astype(np.int32)
+def survivors(scores: Sequence[np.ndarray], keep: np.ndarray) -> Ragged:
+    """Of each pair, in order, the `keep` tokens that the engine would choose."""
+    layers, heads = keep.shape
+    chosen = [
+        select_survivors(torch.from_numpy(one)[None], int(count), SINKS, RECENT)[0].numpy()
+        for one, count in zip(scores, keep.ravel(), strict=True)
+    ]
+    return Ragged.of([chosen[layer * heads : (layer + 1) * heads] for layer in range(layers)])
 
 
-def compaction(step: int, index: np.ndarray, before: int, logical: int, scorer: str = "tova") -> Compaction:
-    keep = index.shape[2]
+def compaction(step: int, index: Ragged, before: int, logical: int, scorer: str, dealing: str) -> Compaction:
+    keep = int(index.counts.mean())
     facts = {
         "step": step,
         "scorer": scorer,
+        "dealing": dealing,
+        "serial": 0 if dealing == "equal" else step,
         "logical_len": logical,
         "resident_before": before,
         "keep": keep,
@@ -67,23 +84,30 @@ def compaction(step: int, index: np.ndarray, before: int, logical: int, scorer: 
     return Compaction(facts, index)
 
 
-def recording(scorer: str = "tova", seed: int = 0) -> Recording:
-    """A prompt in two chunks, kept down to 24 tokens, and after 16 new ones again down to 25."""
-    rng = np.random.default_rng(seed)
+def recording(scorer: str = "tova", dealing: str = "equal") -> Recording:
+    """A prompt in two chunks, kept down to 24 tokens (a mean), and after 16 new ones again down to 25 or 24."""
+    rng = np.random.default_rng(0)
     utility = (rng.random((LAYERS, HEADS, PROMPT)) ** 8).astype(np.float32)
     if scorer == "keydiff":
         utility = 2 * utility - 1
     attention = rng.random((LAYERS, HEADS, PROMPT)).astype(np.float32)
     attention /= attention.sum(2, keepdims=True)
-    first = compaction(2, survivors(utility, 24), PROMPT, PROMPT, scorer)
-    second = compaction(18, survivors(rng.random((LAYERS, HEADS, 40)), 25), 40, PROMPT + 16, scorer)
+    once, again = np.full((LAYERS, HEADS), 24), np.full((LAYERS, HEADS), 25)
+    if dealing != "equal":
+        once = BLOCK * np.array([[1, 6], [4, 1], [3, 3]])
+        again = BLOCK * np.array([[3, 8], [2, 1], [1, 3]])
+    flat = utility.reshape(-1, PROMPT)
+    first = compaction(2, survivors(flat, once), PROMPT, PROMPT, scorer, dealing)
+    later = [rng.random(count + 16).astype(np.float32) for count in once.ravel()]
+    second = compaction(18, survivors(later, again), 40, PROMPT + 16, scorer, dealing)
+    levels = {2: 24, 18: int(again.mean())}
     steps, logical, resident = [], 0, 0
     for number, new in enumerate([60, 60] + [1] * 20):
-        resident = {2: 24, 18: 25}.get(number, resident) + new
+        resident = levels.get(number, resident) + new
         logical += new
         steps.append(
             Step(
-                kind="prefill" if number < 2 else "compaction" if number in (2, 18) else "decode",
+                kind="prefill" if number < 2 else "compaction" if number in levels else "decode",
                 new_tokens=new,
                 logical_tokens=logical,
                 resident_tokens=resident,
@@ -95,16 +119,19 @@ def recording(scorer: str = "tova", seed: int = 0) -> Recording:
     return Recording(steps, [first, second], utility, attention, [1] * 21, {"compactions": 2})
 
 
-def make(scorer: str = "tova") -> Profile:
+def make(scorer: str = "tova", dealing: str = "equal", **facts: Any) -> Profile:
     engine = {
         "block_tokens": BLOCK,
         "block_bytes": BLOCK * TOKEN_BYTES,
         "vllm": "0",
         "device": "cpu",
-        "policy": {"keep_ratio": 0.2, "scorer": scorer},
+        "policy": {**policy_of({"scorer": scorer, "dealing": dealing}).to_json_dict(), "keep_ratio": 0.2},
+        "comparable_scores": False,
+        "calibration": None if dealing == "equal" else "0123",
+        **facts,
     }
     prompt = {"source": "--text", "tokens": PROMPT, "marks": [{"name": "fact", "start": 50, "stop": 55}]}
-    return assemble(recording(scorer), engine, prompt, {"model": "toy"})
+    return assemble(recording(scorer, dealing), engine, prompt, {"model": "toy"})
 
 
 # ---- pure functions ----------------------------------------------------------------------------------------------
@@ -137,10 +164,20 @@ def test_dealing_needs_room_for_the_protected() -> None:
 def test_one_ranking_holds_the_most_utility_of_all_ways_with_equal_memory() -> None:
     made = recording()
     dealt = deal(made.utility, 24, SINKS, RECENT)
-    equal = np.zeros_like(dealt)
-    np.put_along_axis(equal, made.compactions[0].survivors, True, axis=2)
+    equal = made.compactions[0].survivors.mask(PROMPT)
     assert dealt.sum() == equal.sum()
     assert made.utility[dealt].sum() > made.utility[equal].sum()
+
+
+@pytest.mark.parametrize("distinct", [1000, 3])
+def test_the_equal_split_is_the_engines_choice(distinct: int) -> None:
+    utility = np.random.default_rng(1).integers(0, distinct, (3, 2, 30)).astype(np.float32)
+    utility[0, 0, ::3] = np.nan
+    held = equal_split(utility, 10, SINKS, RECENT)
+    chosen = survivors(utility.reshape(-1, 30), np.full((3, 2), 10))
+    assert np.array_equal(held, chosen.mask(30))
+    with pytest.raises(ValueError, match="got 31"):
+        equal_split(utility, 31, SINKS, RECENT)
 
 
 def test_held_mass() -> None:
@@ -166,14 +203,18 @@ def test_bins_hold_every_token_once(tokens: int) -> None:
     assert np.array_equal(bin_tokens(values, width, "max"), np.stack([p.max(1) for p in parts], 1))
 
 
-def test_survivors_are_followed_through_compactions() -> None:
-    made = recording()
+@pytest.mark.parametrize("dealing", ["equal", "global"])
+def test_survivors_are_followed_through_compactions(dealing: str) -> None:
+    made = recording(dealing=dealing)
+    before = lengths_before(made.compactions)
     first, second = positions_after(made.compactions)
-    assert np.array_equal(first, made.compactions[0].survivors)
-    for layer, head in np.ndindex(LAYERS, HEADS):
-        resident = [*first[layer, head], *range(PROMPT, PROMPT + 16)]
-        expected = [resident[i] for i in made.compactions[1].survivors[layer, head]]
-        assert second[layer, head].tolist() == expected
+    assert (before[0] == PROMPT).all()
+    for at in np.ndindex(LAYERS, HEADS):
+        assert np.array_equal(first[at], made.compactions[0].survivors[at])
+        resident = [*first[at], *range(PROMPT, PROMPT + 16)]
+        assert len(resident) == before[1][at]
+        assert second[at].tolist() == [resident[i] for i in made.compactions[1].survivors[at]]
+    assert (len({*first.counts.ravel()}) > 1) == (dealing == "global")
 
 
 def test_survivors_that_do_not_follow_are_refused() -> None:
@@ -181,6 +222,23 @@ def test_survivors_that_do_not_follow_are_refused() -> None:
     wrong = replace(second, facts={**second.facts, "resident_before": 41})
     with pytest.raises(ValueError, match="started from 41 resident tokens, but 40 follow"):
         positions_after([first, wrong])
+    beyond = Ragged(second.survivors.values + 1, second.survivors.counts)
+    with pytest.raises(ValueError, match="beyond the tokens that its head had"):
+        positions_after([first, replace(second, survivors=beyond)])
+
+
+def test_ragged_lists() -> None:
+    pairs = [[[0, 2], [1]], [[], [3, 4, 5]]]
+    made = Ragged.of(pairs)
+    assert made.counts.tolist() == [[2, 1], [0, 3]]
+    assert [[head.tolist() for head in layer] for layer in made.layers()] == pairs
+    assert made[1, 1].tolist() == [3, 4, 5]
+    assert made.of_these(Ragged.of([[[1], [0]], [[], [0, 2]]])).values.tolist() == [2, 1, 3, 5]
+    longer = made.followed_by(6, 8)
+    assert longer[1, 0].tolist() == [6, 7] and longer[0, 0].tolist() == [0, 2, 6, 7]
+    assert np.argwhere(made.mask(6)).tolist() == [[0, 0, 0], [0, 0, 2], [0, 1, 1], [1, 1, 3], [1, 1, 4], [1, 1, 5]]
+    with pytest.raises(ValueError, match="add up to 6, not 5 values"):
+        Ragged(made.values[:5], made.counts)
 
 
 # ---- packing and JSON --------------------------------------------------------------------------------------------
@@ -214,12 +272,16 @@ def test_utilities_without_a_spread_or_a_number_are_coded(values: list[float]) -
     assert np.allclose(from_codes(codes, scale)[finite], array[finite], atol=1e-6)
 
 
-def test_json_round_trip(tmp_path: Path) -> None:
-    made = make()
+@pytest.mark.parametrize("dealing", ["equal", "global"])
+def test_json_round_trip(tmp_path: Path, dealing: str) -> None:
+    made = make(dealing=dealing)
     write_profile(made, tmp_path / "profile.json")
     read = read_profile(tmp_path / "profile.json")
     assert read.to_json() == made.to_json()
     assert np.array_equal(read.held_at_end, made.held_at_end)
+    for one, other in zip(read.compactions, made.compactions, strict=True):
+        assert np.array_equal(one.survivors.values, other.survivors.values)
+        assert np.array_equal(one.survivors.counts, other.survivors.counts)
     assert np.array_equal(read.utility, made.utility)
 
 
@@ -227,10 +289,9 @@ def test_size_at_8k_tokens(tmp_path: Path) -> None:
     rng = np.random.default_rng(0)
     utility = (10 ** -rng.uniform(0, 6, (30, 3, 8192))).astype(np.float32)
     small = recording()
-    index = survivors(utility, 819)
-    big = replace(
-        small, utility=utility, attention=utility, compactions=[compaction(2, index, 8192, 8192)], steps=small.steps[:3]
-    )
+    index = survivors(utility.reshape(-1, 8192), np.full((30, 3), 819))
+    only = compaction(2, index, 8192, 8192, "tova", "equal")
+    big = replace(small, utility=utility, attention=utility, compactions=[only], steps=small.steps[:3])
     facts = {"block_tokens": BLOCK, "policy": {}}
     write_profile(assemble(big, facts, {"marks": []}, {}), tmp_path / "profile.json")
     assert (tmp_path / "profile.json").stat().st_size < 4_000_000
@@ -242,8 +303,8 @@ def test_size_at_8k_tokens(tmp_path: Path) -> None:
         (None, "cannot read .*No such file"),
         ("{", "is no JSON"),
         ("[]", "is no profile"),
-        ('{"format": "deltamem-profile", "version": 99}', "has version 99, this deltamem reads 1"),
-        ('{"format": "deltamem-profile", "version": 1}', "is damaged .KeyError: 'steps'"),
+        ('{"format": "deltamem-profile", "version": 99}', "has version 99, this deltamem reads 2"),
+        ('{"format": "deltamem-profile", "version": 2}', "is damaged .KeyError: 'steps'"),
     ],
 )
 def test_a_file_that_is_no_profile_is_explained(tmp_path: Path, content: str | None, message: str) -> None:
@@ -261,10 +322,42 @@ def test_shares_and_masses_of_a_profile() -> None:
     made = make()
     assert {name: int(one.tokens.sum()) for name, one in made.dealt.items()} == dict.fromkeys(made.dealt, 6 * 24)
     assert (made.dealt["equal"].tokens == 24).all()
+    assert np.array_equal(made.dealt["done"].attention_mass, made.dealt["equal"].attention_mass)
     total = {name: one.attention_mass.mean() for name, one in made.dealt.items()}
     # Rows of attention sum to 1, so the mean over heads is what the ranking by attention maximises.
     assert total["by_attention"] == max(total.values()) > total["equal"]
     assert make("keydiff").dealt["equal"].utility_mass is None
+
+
+def test_a_deal_is_compared_with_equal_shares_of_the_same_memory() -> None:
+    made = make(dealing="global")
+    counts = BLOCK * np.array([[1, 6], [4, 1], [3, 3]])
+    assert np.array_equal(made.dealt["done"].tokens, counts)
+    assert {name: int(one.tokens.sum()) for name, one in made.dealt.items()} == dict.fromkeys(made.dealt, 6 * 24)
+    compared = comparison_of(made)
+    assert compared.done and compared.dealt is made.dealt["done"] and compared.equal is made.dealt["equal"]
+    assert np.array_equal(compared.ratio, counts / 24)
+    assert made.pages(0).tolist() == [[1, 6], [4, 1], [3, 3]]
+    assert made.pages(1).tolist() == [[3, 8], [2, 1], [1, 3]]
+    # A head with fewer tokens than its equal share keeps no more of its own utility, and one with more no less.
+    equal, done = compared.equal.utility_mass, compared.dealt.utility_mass
+    assert equal is not None and done is not None
+    assert ((done <= equal) | (counts > 24)).all() and ((done >= equal) | (counts < 24)).all()
+
+
+@pytest.mark.parametrize(
+    ("dealing", "comparable", "calibration", "words"),
+    [
+        ("global", True, "0123", "the utility of this prompt and the model's calibration"),
+        ("global", True, None, "the utility of this prompt"),
+        ("global", False, "0123", "the model's calibration"),
+        ("profile", True, "0123", "the model's calibration"),
+        ("global", False, None, "nothing, so equal: scores of tova do not compare, and the model has no calibration"),
+    ],
+)
+def test_a_profile_says_what_was_dealt_by(dealing: str, comparable: bool, calibration: str | None, words: str) -> None:
+    made = make(dealing=dealing, comparable_scores=comparable, calibration=calibration)
+    assert comparison_of(made).basis == words
 
 
 def test_memory_and_marks_in_the_summary() -> None:
@@ -282,21 +375,31 @@ def test_memory_and_marks_in_the_summary() -> None:
 def test_every_built_in_scorer_says_whether_its_utilities_compare() -> None:
     found = {name: meaning_of(name).comparable for name in BUILTIN}
     assert found == {
-        "tova": "yes", "snapkv": "yes", "delta": "partly", "keydiff": "no", "streaming": "no", "random": "no",
+        "tova": "yes", "snapkv": "yes", "delta": "partly", "distinct": "yes", "keydiff": "no", "streaming": "no",
+        "random": "no",
     }  # fmt: skip
+    # A scorer whose scores the engine deals pages by must be one whose scores compare.
+    dealt_by = {name for name, scorer in available_scorers().items() if scorer.comparable}
+    assert {found[name] for name in dealt_by & BUILTIN.keys()} <= {"yes"}
     assert meaning_of("tova").ranking == "by_utility"
     assert meaning_of("keydiff").ranking == meaning_of("of another package").ranking == "by_attention"
 
 
+@pytest.mark.parametrize("dealing", ["equal", "global"])
 @pytest.mark.parametrize("scorer", ["tova", "keydiff"])
-def test_drawing_again_from_the_json(tmp_path: Path, scorer: str) -> None:
-    write_profile(make(scorer), tmp_path / "profile.json")
+def test_drawing_again_from_the_json(tmp_path: Path, scorer: str, dealing: str) -> None:
+    write_profile(make(scorer, dealing), tmp_path / "profile.json")
     result = invoke("--from", tmp_path / "profile.json", "--out", tmp_path / "pictures")
     assert result.exit_code == 0, result.output
-    assert "120 to 24 tokens" in result.stdout
+    printed = " ".join(result.stdout.split())
+    assert "120 to 24 tokens" + (" on average" if dealing != "equal" else "") in printed
+    assert ("1 / 3 / 6 of 15 (lowest, median, highest)" in printed) == (dealing != "equal")
+    assert ("dealt by the model's calibration" in printed) == (dealing != "equal")
+    assert ("if shares were equal" in printed) == (dealing != "equal")
     assert "fact (5 tokens)" in result.stdout
-    assert ("utilities compare between heads: no" in result.stdout) == (scorer == "keydiff")
-    for name in ("utility", "kept", "bytes", "shares", "overview"):
+    assert ("compare between heads: no" in printed) == (scorer == "keydiff" and dealing == "equal")
+    assert ("retained utility" in printed) == (scorer == "tova")
+    for name in ("utility", "kept", "pages", "bytes", "shares", "overview"):
         with Image.open(tmp_path / "pictures" / f"{name}.png") as picture:
             assert picture.width == (1920 if name == "overview" else 1600)
             assert len(picture.convert("RGB").getcolors(maxcolors=1 << 24)) > 20
@@ -348,11 +451,16 @@ LONG = "word " * 400
         (["--keep-ratio", "1.5"], "keep_ratio: got 1.5, allowed: float, > 0 and <= 1"),
         (["--keep-ratio", "0"], "keep_ratio: got 0"),
         (["--text", LONG, "--keep-ratio", "1"], "which frees no block of 32 tokens"),
+        (["--text", LONG, "--keep-ratio", "1", "--dealing", "equal"], "give a lower --keep-ratio or a longer prompt"),
+        (["--text", LONG, "--deltamem-config", '{"keep_tokens": 9999}'], "give a lower keep_tokens or a longer prompt"),
+        (["--dealing", "fair"], "dealing: got 'fair', allowed: str, one of 'global', 'profile', 'equal'"),
         (["--text", LONG, "--mark", "unicorn"], "--mark 'unicorn' is 0 times in the prompt"),
         (["--mark", "x"], "--mark needs --text or --prompt-file"),
         (["--deltamem-config", "{"], "is no JSON"),
         (["--deltamem-config", "[]"], "must be a JSON object"),
         (["--deltamem-config", '{"scorer": "tova"}'], "give it as --scorer"),
+        (["--deltamem-config", '{"dealing": "equal"}'], "give it as --dealing"),
+        (["--deltamem-config", '{"mode": "pressure"}'], "a profile always compacts its prompt"),
         (["--deltamem-config", '{"windw": 4}'], "did you mean 'window'?"),
         (["--model", "./nowhere"], "cannot read the model './nowhere'"),
         (["--from", "missing.json"], "cannot read missing.json"),
@@ -376,5 +484,14 @@ def test_bad_input_is_explained_before_an_engine_starts(
 
 
 def test_the_budget_is_the_schedulers() -> None:
-    assert tokens_kept(policy_of({"keep_ratio": 0.1}), 2048, 32) == 205
-    assert tokens_kept(policy_of({"keep_ratio": 0.1, "min_tokens": 0}), 200, 32) == 36
+    assert tokens_kept(policy_of({"keep_ratio": 0.1, "dealing": "equal"}), 2048, 32) == 205
+    assert tokens_kept(policy_of({"keep_ratio": 0.1, "dealing": "equal", "min_tokens": 0}), 200, 32) == 20
+    assert tokens_kept(policy_of({"keep_ratio": 0.1}), 2048, 32) == 6 * 32
+    assert tokens_kept(policy_of({"keep_tokens": 100}), 2048, 32) == 3 * 32
+    # How much coverage keeps is known once the prompt is: at most this.
+    assert tokens_kept(policy_of({"coverage": 0.9, "max_keep_ratio": 0.5}), 2048, 32) == 1024
+    assert tokens_kept(policy_of({"coverage": 0.9}), 2048, 32) == 2048
+
+
+def test_a_profile_always_compacts() -> None:
+    assert policy_of({}).mode == "always"

@@ -25,7 +25,7 @@ def rank_in_head(utility: Array) -> NDArray[np.float32]:
 
 
 def deal(utility: Array, keep: int, sinks: int, recent: int) -> Mask:
-    """What each layer and head would hold if one ranking of all utilities dealt out the same memory.
+    """What each layer and head would hold if one ranking of all utilities dealt out the same memory, by tokens.
 
     The budget is `L * H_kv * keep` tokens, what equal shares take. Every head holds its first `sinks` and last
     `recent` tokens first, as in the engine; the rest goes to the highest utilities wherever they are. Of equal
@@ -44,8 +44,7 @@ def deal(utility: Array, keep: int, sinks: int, recent: int) -> Mask:
     [L, H_kv, n], the tokens held.
     """
     layers, heads, n = utility.shape
-    if not sinks + recent <= keep <= n:
-        raise ValueError(f"keep must be {sinks + recent} (protected) to {n} (resident), got {keep}")
+    _check_keep(keep, sinks, recent, n)
     held = np.zeros(utility.shape, dtype=bool)
     held[..., :sinks] = True
     held[..., n - recent :] = True
@@ -54,6 +53,36 @@ def deal(utility: Array, keep: int, sinks: int, recent: int) -> Mask:
     head, token = np.nonzero(~held.reshape(layers * heads, n))
     order = np.lexsort((head, -token, -values.reshape(layers * heads, n)[head, token]))[:left]
     held.reshape(layers * heads, n)[head[order], token[order]] = True
+    return held
+
+
+def equal_split(utility: Array, keep: int, sinks: int, recent: int) -> Mask:
+    """What each layer and head holds if all keep the same number: the engine's choice where `dealing` is `equal`.
+
+    First `sinks` and last `recent` tokens, then the highest utilities of the head; of equal ones the newer token. NaN
+    ranks last.
+
+    Parameters
+    ----------
+    utility
+        [L, H_kv, n].
+    keep
+        Tokens of each head, `sinks + recent <= keep <= n`.
+
+    Returns
+    -------
+    [L, H_kv, n], the tokens held.
+    """
+    n = utility.shape[2]
+    _check_keep(keep, sinks, recent, n)
+    values = np.where(np.isnan(utility), -np.inf, utility)
+    protected = np.zeros(utility.shape, dtype=bool)
+    protected[..., :sinks] = True
+    protected[..., n - recent :] = True
+    newer_first = np.broadcast_to(-np.arange(n), utility.shape)
+    order = np.lexsort((newer_first, -values, ~protected), axis=2)
+    held = np.zeros(utility.shape, dtype=bool)
+    np.put_along_axis(held, order[..., :keep], True, axis=2)
     return held
 
 
@@ -83,3 +112,8 @@ def bin_tokens(values: Array, width: int, how: Literal["mean", "max"]) -> NDArra
 def bin_width(tokens: int, most_bins: int) -> int:
     """The narrowest bin with which `tokens` fit into `most_bins`."""
     return max(1, -(-tokens // most_bins))
+
+
+def _check_keep(keep: int, sinks: int, recent: int, n: int) -> None:
+    if not sinks + recent <= keep <= n:
+        raise ValueError(f"keep must be {sinks + recent} (protected) to {n} (resident), got {keep}")

@@ -9,11 +9,11 @@ from dataclasses import dataclass
 from typing import Any
 
 from deltamem_vllm.config import ConfigError, DeltaMemConfig
-from deltamem_vllm.evaluation.profile.analysis import deal, held_mass
+from deltamem_vllm.evaluation.profile.analysis import deal, equal_split, held_mass
 from deltamem_vllm.evaluation.profile.document import Dealt, Profile, encode_utility
 from deltamem_vllm.evaluation.profile.errors import ProfileError
-from deltamem_vllm.evaluation.profile.recording import Recording, kept_mask
-from deltamem_vllm.memory.budgets import budget_for
+from deltamem_vllm.evaluation.profile.recording import Recording
+from deltamem_vllm.memory.budgets import budget_for, cdiv
 from deltamem_vllm.request_options import RequestOptions
 
 
@@ -40,7 +40,10 @@ class Settings:
 
 
 def policy_of(given: Mapping[str, Any]) -> DeltaMemConfig:
-    """The policy with these fields; for scorers that read no queries, the window is recorded all the same.
+    """The policy with these fields, and what a profile needs.
+
+    The prompt is always compacted, however empty the pool is, and the window is recorded for scorers that read no
+    queries, too.
 
     Raises
     ------
@@ -49,7 +52,7 @@ def policy_of(given: Mapping[str, Any]) -> DeltaMemConfig:
     """
     # The worker records queries if any scorer that a request could name reads them, and tova does.
     try:
-        policy = DeltaMemConfig.from_dict({**given, "request_scorers": ["tova"]})
+        policy = DeltaMemConfig.from_dict({**given, "mode": "always", "request_scorers": ["tova"]})
         policy.check_scorers()
     except ConfigError as error:
         raise ProfileError(str(error)) from error
@@ -57,7 +60,7 @@ def policy_of(given: Mapping[str, Any]) -> DeltaMemConfig:
 
 
 def tokens_kept(policy: DeltaMemConfig, prompt_tokens: int, block: int) -> int:
-    """Tokens that the first compaction leaves of a prompt.
+    """Tokens that the first compaction leaves of a prompt (nominal), at most: with `coverage`, the prompt decides.
 
     Raises
     ------
@@ -72,14 +75,16 @@ def tokens_kept(policy: DeltaMemConfig, prompt_tokens: int, block: int) -> int:
         )
     budget = budget_for(RequestOptions.from_extra_args(None, policy), policy)
     assert budget is not None, "only a request can turn the policy off for itself"
-    keep = budget.due(prompt_tokens, prompt_tokens, block)
-    if keep is None:
+    least = budget.least_tokens(prompt_tokens, block)
+    if cdiv(least, block) >= cdiv(prompt_tokens, block):
+        share, lower = f"keep_ratio={policy.keep_ratio}", "--keep-ratio"
+        if policy.keep_tokens is not None:
+            share, lower = f"keep_tokens={policy.keep_tokens}", "keep_tokens"
         raise ProfileError(
-            f"keep_ratio={policy.keep_ratio} keeps {budget.target(prompt_tokens)} of the prompt's {prompt_tokens} "
-            f"tokens, which frees no block of {block} tokens, so nothing would be compacted; give a lower --keep-ratio "
-            "or a longer prompt"
+            f"{share} keeps {least} of the prompt's {prompt_tokens} tokens, which frees no block of {block} tokens, so "
+            f"nothing would be compacted; give a lower {lower} or a longer prompt"
         )
-    return keep
+    return budget.deserved_tokens(prompt_tokens, prompt_tokens, block)
 
 
 def check_length(prompt_tokens: int, output_tokens: int, positions: int) -> None:
@@ -111,11 +116,12 @@ def assemble(
 
 
 def shares(recording: Recording) -> dict[str, Dealt]:
-    """What the first compaction gave each layer and head, and what one ranking over all of them would have given."""
+    """What the first compaction gave each layer and head, and what the same memory would be in other hands."""
     first = recording.compactions[0]
     sizes = (first.facts["keep"], first.facts["sink_tokens"], first.facts["recent_tokens"])
     held = {
-        "equal": kept_mask(first.survivors, first.facts["resident_before"]),
+        "done": first.survivors.mask(first.facts["resident_before"]),
+        "equal": equal_split(recording.utility, *sizes),
         "by_utility": deal(recording.utility, *sizes),
         "by_attention": deal(recording.attention, *sizes),
     }

@@ -26,17 +26,16 @@ from deltamem_vllm.evaluation.profile.packing import (
     to_codes,
     utility_scale,
 )
+from deltamem_vllm.evaluation.profile.ragged import Ragged
 from deltamem_vllm.evaluation.profile.recording import (
     Compaction,
-    Positions,
     Step,
-    kept_mask,
+    lengths_before,
     positions_after,
-    with_new_tokens,
 )
 
 FORMAT = "deltamem-profile"
-VERSION = 1
+VERSION = 2
 
 
 class Mark(TypedDict):
@@ -85,7 +84,8 @@ class Profile:
     codes, scale
         [L, H_kv, n] utilities at the first compaction, see `packing`.
     dealt
-        `equal` is what the engine did; `by_utility` and `by_attention` are one ranking over all layers and heads.
+        `done` is what the engine did, the others deal the same number of tokens: `equal` the same to every head,
+        `by_utility` and `by_attention` by one ranking over all layers and heads.
     """
 
     conditions: Mapping[str, Any]
@@ -104,6 +104,11 @@ class Profile:
         return str(self.compactions[0].facts["scorer"])
 
     @property
+    def dealing(self) -> str:
+        """How the engine shared the memory among layers and heads: `global`, `profile` or `equal`."""
+        return str(self.compactions[0].facts["dealing"])
+
+    @property
     def marks(self) -> Sequence[Mark]:
         """Passages to point out."""
         marks: Sequence[Mark] = self.prompt["marks"]
@@ -115,15 +120,19 @@ class Profile:
         return from_codes(self.codes, self.scale)
 
     @cached_property
-    def positions_at_end(self) -> Positions:
-        """[L, H_kv, m] logical positions of the tokens that were resident after the last step."""
+    def positions_at_end(self) -> Ragged:
+        """Of each (layer, kv head), logical positions of the tokens that were resident after the last step."""
         since = int(self.compactions[-1].facts["logical_len"])
-        return with_new_tokens(positions_after(self.compactions)[-1], since, self.steps[-1]["logical_tokens"])
+        return positions_after(self.compactions)[-1].followed_by(since, self.steps[-1]["logical_tokens"])
 
     @cached_property
     def held_at_end(self) -> NDArray[np.bool_]:
         """[L, H_kv, tokens] whether a token was resident after the last step."""
-        return kept_mask(self.positions_at_end, self.steps[-1]["logical_tokens"])
+        return self.positions_at_end.mask(self.steps[-1]["logical_tokens"])
+
+    def pages(self, compaction: int) -> NDArray[np.int64]:
+        """[L, H_kv] pages that one compaction gave each head; the last page of a head may be part empty."""
+        return -(-self.compactions[compaction].survivors.counts // int(self.engine["block_tokens"]))
 
     def to_json(self) -> dict[str, Any]:
         """As plain values."""
@@ -136,8 +145,8 @@ class Profile:
             "counters": dict(self.counters),
             "steps": {field: [step[field] for step in self.steps] for field in Step.__annotations__},  # type: ignore[literal-required]
             "compactions": [
-                {**c.facts, "survivors": [[run_lengths(h, c.facts["resident_before"]) for h in x] for x in c.survivors]}
-                for c in self.compactions
+                {**compaction.facts, "survivors": _as_runs(compaction.survivors, lengths)}
+                for compaction, lengths in zip(self.compactions, lengths_before(self.compactions), strict=True)
             ],
             "dealt": {
                 name: {
@@ -219,8 +228,14 @@ def read_profile(path: Path) -> Profile:
 
 def _compaction(data: Mapping[str, Any]) -> Compaction:
     facts = {name: value for name, value in data.items() if name != "survivors"}
-    survivors = np.array([[from_run_lengths(head) for head in layer] for layer in data["survivors"]], dtype=np.int32)
-    return Compaction(facts, survivors)
+    return Compaction(facts, Ragged.of([[from_run_lengths(head) for head in layer] for layer in data["survivors"]]))
+
+
+def _as_runs(survivors: Ragged, lengths: NDArray[np.int64]) -> list[list[list[int]]]:
+    return [
+        [run_lengths(head, int(lengths[number, i])) for i, head in enumerate(layer)]
+        for number, layer in enumerate(survivors.layers())
+    ]
 
 
 def _rounded(values: NDArray[np.float64]) -> list[Any]:

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from deltamem_vllm.evaluation.child import ChildFailed
+from deltamem_vllm.evaluation.profile.ragged import Ragged
 from deltamem_vllm.evaluation.profile.recording import Compaction, Recording
 from deltamem_vllm.evaluation.stepped_engine import SteppedEngine
 
@@ -29,17 +30,18 @@ class Engine(SteppedEngine):
             command = {"prompt": prompt, "output_tokens": output_tokens, "arrays": str(arrays)}
             answer = self._child.ask(command, "recording")
             if not answer["compactions"]:
-                raise ChildFailed(
-                    "the engine compacted nothing, though the budget says it should; its counters: "
-                    f"{answer['counters']}"
-                )
+                why = "though the budget says it should"
+                if self.facts["policy"]["coverage"] is not None:
+                    why = "since nothing less has the share of utility that coverage asks for; lower it"
+                raise ChildFailed(f"the engine compacted nothing, {why}; its counters: {answer['counters']}")
             if len(answer["written"]) != output_tokens:
                 raise ChildFailed(f"asked the engine for {output_tokens} tokens, got {len(answer['written'])}")
             with np.load(arrays) as stored:
                 return Recording(
                     steps=answer["steps"],
                     compactions=[
-                        Compaction(facts, stored[f"survivors_{i}"]) for i, facts in enumerate(answer["compactions"])
+                        Compaction(facts, Ragged(stored[f"survivors_{i}"], stored[f"counts_{i}"]))
+                        for i, facts in enumerate(answer["compactions"])
                     ],
                     utility=stored["utility"],
                     attention=stored["attention"],
@@ -56,7 +58,7 @@ def engine_args(
     Parameters
     ----------
     keep
-        Tokens that the first compaction keeps.
+        Tokens that the first compaction keeps at most.
     chunk
         Tokens of the prompt per engine step.
     block

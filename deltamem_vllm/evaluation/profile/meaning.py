@@ -1,6 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 # SPDX-FileCopyrightText: Copyright contributors to the deltamem project
-"""What the utilities of a scorer are, and whether those of two heads may be compared."""
+"""What the utilities of a scorer are, and whether those of two heads may be compared.
+
+That is about their unit. Whether they also tell what a head will need later, so that pages may be dealt by them, is a
+stricter question, which a scorer answers itself (`Scorer.comparable`).
+"""
 
 from __future__ import annotations
 
@@ -19,7 +23,7 @@ class Meaning:
     quantity
         In words.
     comparable
-        Whether one ranking over all layers and heads makes sense.
+        Whether equal utilities of two heads are equal amounts, so that one ranking over all of them has a meaning.
     why
         The reason, as a sentence.
     """
@@ -43,6 +47,11 @@ _MEANINGS = {
         "distance that the head's output moves without the token",
         "partly",
         "It is measured in the head's own output, whose size differs between heads and layers.",
+    ),
+    "distinct": Meaning(
+        "distance of key and value from those of their head",
+        "yes",
+        "Both distances are small in a head that keeps saying the same.",
     ),
     "keydiff": Meaning(
         "negative cosine to the mean key",

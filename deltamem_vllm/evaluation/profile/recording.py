@@ -11,15 +11,17 @@ from typing import Any, Literal, TypedDict
 import numpy as np
 from numpy.typing import NDArray
 
+from deltamem_vllm.evaluation.profile.ragged import Ragged
+
 Kind = Literal["prefill", "compaction", "decode"]
 Floats = NDArray[np.float32]
-Positions = NDArray[np.int32]
 
 
 class Step(TypedDict):
     """One engine step; levels are those at its end, its new tokens included.
 
     `kind` is `compaction` for a step that compacts the request before it computes its `new_tokens`.
+    Tokens are nominal: where pages were dealt, a mean over all (layer, kv head); bytes and blocks are exact.
     `logical_bytes` is what the request would hold if nothing were evicted, `tier_bytes` what it holds.
     """
 
@@ -41,12 +43,13 @@ class Compaction:
     facts
         Fields of the scheduler's plan (see `memory.plans.CompactionPlan`) with blocks as counts, and `step`, the
         index of its step.
+        Its token counts are nominal: where pages were dealt, a mean over all (layer, kv head).
     survivors
-        [L, H_kv, keep] int32: indices into the resident tokens before it, ascending.
+        Of each (layer, kv head), indices into its own resident tokens before the compaction, ascending.
     """
 
     facts: Mapping[str, Any]
-    survivors: Positions
+    survivors: Ragged
 
 
 @dataclass(frozen=True)
@@ -58,7 +61,8 @@ class Recording:
     steps, compactions
         In order.
     utility
-        [L, H_kv, n] float32: what the scorer gave each resident token at the first compaction, higher = keep.
+        [L, H_kv, n] float32: what the scorer gave each resident token at the first compaction, higher = keep; before
+        repeats are discounted (`redundancy`).
     attention
         [L, H_kv, n] float32: attention of the observation window at that moment, mean over its queries and over the
         query heads of a kv head; rows sum to 1.
@@ -76,36 +80,49 @@ class Recording:
     counters: Mapping[str, Any]
 
 
-def positions_after(compactions: Sequence[Compaction]) -> list[Positions]:
-    """Logical positions of the survivors of each compaction, [L, H_kv, keep] ascending.
+def lengths_before(compactions: Sequence[Compaction]) -> list[NDArray[np.int64]]:
+    """Resident tokens of each (layer, kv head) when each compaction began, [L, H_kv].
 
     Between two compactions every head gains the same new tokens.
+
+    Raises
+    ------
+    ValueError
+        They do not average to what the scheduler counted.
     """
-    found: list[Positions] = []
-    for compaction in compactions:
-        heads = compaction.survivors.shape[:2]
+    found: list[NDArray[np.int64]] = []
+    for number, compaction in enumerate(compactions):
         logical = int(compaction.facts["logical_len"])
-        if found:
-            resident = with_new_tokens(found[-1], int(compactions[len(found) - 1].facts["logical_len"]), logical)
+        if number:
+            before = compactions[number - 1]
+            lengths = before.survivors.counts + (logical - int(before.facts["logical_len"]))
         else:
-            resident = np.broadcast_to(np.arange(logical, dtype=np.int32), (*heads, logical))
-        if resident.shape[2] != compaction.facts["resident_before"]:
+            lengths = np.full_like(compaction.survivors.counts, logical)
+        if int(lengths.sum()) != lengths.size * compaction.facts["resident_before"]:
             raise ValueError(
-                f"compaction {len(found)} started from {compaction.facts['resident_before']} resident tokens, but "
-                f"{resident.shape[2]} follow from those before it"
+                f"compaction {number} started from {compaction.facts['resident_before']} resident tokens, but "
+                f"{lengths.mean():g} follow from those before it"
             )
-        found.append(np.take_along_axis(resident, compaction.survivors, axis=2))
+        found.append(lengths)
     return found
 
 
-def with_new_tokens(survivors: Positions, since: int, until: int) -> Positions:
-    """Survivors [L, H_kv, keep] and, for every head, the tokens `since` to `until - 1` computed after them."""
-    new = np.arange(since, until, dtype=np.int32)
-    return np.concatenate([survivors, np.broadcast_to(new, (*survivors.shape[:2], len(new)))], axis=2)
+def positions_after(compactions: Sequence[Compaction]) -> list[Ragged]:
+    """Logical positions of the survivors of each compaction, ascending in each (layer, kv head).
 
-
-def kept_mask(positions: Positions, total: int) -> NDArray[np.bool_]:
-    """Positions [L, H_kv, m] as a mask [L, H_kv, total]."""
-    mask = np.zeros((*positions.shape[:2], total), dtype=bool)
-    np.put_along_axis(mask, positions, True, axis=2)
-    return mask
+    Raises
+    ------
+    ValueError
+        Survivors that cannot follow from those of the compaction before.
+    """
+    lengths_before(compactions)
+    found: list[Ragged] = []
+    for number, compaction in enumerate(compactions):
+        logical = int(compaction.facts["logical_len"])
+        if number:
+            resident = found[-1].followed_by(int(compactions[number - 1].facts["logical_len"]), logical)
+        else:
+            nothing = Ragged(np.zeros(0, dtype=np.int32), np.zeros_like(compaction.survivors.counts))
+            resident = nothing.followed_by(0, logical)
+        found.append(resident.of_these(compaction.survivors))
+    return found

@@ -30,9 +30,11 @@ def parse_fields(given: str) -> dict[str, Any]:
         raise ProfileError(f"--deltamem-config {given!r} is no JSON ({error}); give an object in quotes") from error
     if not isinstance(fields, dict):
         raise ProfileError(f"--deltamem-config must be a JSON object like '{{\"interval\": 64}}', got {given}")
-    for name in ("scorer", "keep_ratio", "seed"):
+    for name in ("scorer", "keep_ratio", "dealing", "seed"):
         if name in fields:
             raise ProfileError(f"--deltamem-config sets {name}; give it as --{name.replace('_', '-')}")
+    if "mode" in fields:
+        raise ProfileError("--deltamem-config sets mode, but a profile always compacts its prompt; leave mode out")
     if "request_scorers" in fields:
         raise ProfileError("--deltamem-config sets request_scorers, but a profile has one request and one --scorer")
     return fields

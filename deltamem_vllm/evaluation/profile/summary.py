@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 from rich.table import Table
 from rich.text import Text
 
+from deltamem_vllm.evaluation.profile.comparison import Comparison, budget_words, comparison_of
 from deltamem_vllm.evaluation.profile.document import Mark, Profile
 from deltamem_vllm.evaluation.profile.meaning import meaning_of
 
@@ -70,35 +71,22 @@ def summary(profile: Profile) -> Table:
 
 
 def _rows(profile: Profile) -> list[tuple[str, str]]:
-    meaning = meaning_of(profile.scorer)
-    equal, dealt = profile.dealt["equal"], profile.dealt[meaning.ranking]
+    compared = comparison_of(profile)
     memory, first = memory_kept(profile), profile.compactions[0].facts
     count = len(profile.compactions)
     compactions = f"after {count} compaction{'s' if count > 1 else ''}"
     prompt = f"{profile.prompt['tokens']:,} tokens ({profile.prompt['source']}), {profile.conditions['model']}"
-    policy = f"scorer {profile.scorer}, keep_ratio {profile.engine['policy']['keep_ratio']:g}"
-    counts = f"{first['resident_before']:,} to {first['keep']:,} tokens"
+    policy = f"scorer {profile.scorer}, {budget_words(profile)}, dealing {profile.dealing}"
+    counts = f"{first['resident_before']:,} to {first['keep']:,} tokens{' on average' if compared.done else ''}"
     at_first = f"{memory['first_bytes']:.1%} of the bytes and {memory['first_blocks']:.1%} of the blocks"
     rows = [
         ("prompt", f"{prompt}, {policy}"),
         ("memory kept", f"{at_first} after the first compaction ({counts})"),
         ("", f"{memory['end_bytes']:.1%} and {memory['end_blocks']:.1%} at the end, {compactions}"),
-        ("retained attention", f"{_spread(equal.attention_mass)} over {equal.tokens.size} heads with equal shares"),
-        ("", f"{_spread(dealt.attention_mass)} if dealt {meaning.ranking.replace('_', ' ')} over all layers and heads"),
     ]
-    if equal.utility_mass is not None:
-        rows.append(("retained utility", f"{_spread(equal.utility_mass)} with equal shares"))
-    ratio = (dealt.tokens / equal.tokens).mean(1)
-    order = np.argsort(-ratio, kind="stable")
-    more, less = ratio[order[:_NAMED_LAYERS]], ratio[order[::-1][:_NAMED_LAYERS]]
-    rows += [
-        ("layers to give more", _layers(order[:_NAMED_LAYERS][more > 1], ratio)),
-        ("layers to give less", _layers(order[::-1][:_NAMED_LAYERS][less < 1], ratio)),
-    ]
-    if meaning.comparable != "yes":
-        rows.append(("", f"utilities compare between heads: {meaning.comparable}. {meaning.why}"))
+    rows += _dealt_rows(profile, compared) if compared.done else _equal_rows(profile, compared)
+    heads = compared.equal.tokens.size
     for kept in (mark_kept(mark, profile.held_at_end) for mark in profile.marks):
-        heads = equal.tokens.size
         gone = heads - kept.whole - kept.part
         where = f"whole in {kept.whole} of {heads} heads, in part in {kept.part}, gone from {gone}"
         rows.append((f"{kept.name} ({kept.tokens} tokens)", f"{where}; {kept.share:.0%} of its entries at the end"))
@@ -108,10 +96,60 @@ def _rows(profile: Profile) -> list[tuple[str, str]]:
     return rows
 
 
+def _dealt_rows(profile: Profile, compared: Comparison) -> list[tuple[str, str]]:
+    """What was dealt, beside equal shares."""
+    pages, share = profile.pages(0), compared.dealt.tokens / compared.tokens
+    of = -(-compared.tokens // int(profile.engine["block_tokens"]))
+    given = f"{pages.min():,} / {np.median(pages):,g} / {pages.max():,} of {of:,} (lowest, median, highest)"
+    shares = f"{share.min():.1%} / {np.median(share):.1%} / {share.max():.1%} of the tokens"
+    rows = [("dealt by", compared.basis), ("pages of a head", f"{given}: {shares}")]
+    rows += _masses(compared, "as dealt", "if shares were equal")
+    order, ratio = _by_ratio(compared)
+    rows += [
+        ("layers with more", _layers(order[:_NAMED_LAYERS], ratio, more=True)),
+        ("layers with less", _layers(order[::-1][:_NAMED_LAYERS], ratio, more=False)),
+    ]
+    return rows
+
+
+def _equal_rows(profile: Profile, compared: Comparison) -> list[tuple[str, str]]:
+    """Equal shares, beside what one ranking would give."""
+    meaning = meaning_of(profile.scorer)
+    rows = _masses(compared, "with equal shares", f"if dealt {meaning.ranking.replace('_', ' ')} over all of them")
+    order, ratio = _by_ratio(compared)
+    rows += [
+        ("would get more", _layers(order[:_NAMED_LAYERS], ratio, more=True)),
+        ("would get less", _layers(order[::-1][:_NAMED_LAYERS], ratio, more=False)),
+    ]
+    if meaning.comparable != "yes":
+        rows.append(("", f"utilities compare between heads: {meaning.comparable}. {meaning.why}"))
+    return rows
+
+
+def _masses(compared: Comparison, done: str, other: str) -> list[tuple[str, str]]:
+    """Retained attention and utility of what was done, and of what it is compared with."""
+    first, second = (compared.dealt, compared.equal) if compared.done else (compared.equal, compared.dealt)
+    rows = [
+        ("retained attention", f"{_spread(first.attention_mass)} over {first.tokens.size} heads {done}"),
+        ("", f"{_spread(second.attention_mass)} {other}"),
+    ]
+    if first.utility_mass is not None and second.utility_mass is not None:
+        rows.append(("retained utility", f"{_spread(first.utility_mass)} {done}"))
+        rows.append(("", f"{_spread(second.utility_mass)} {other}"))
+    return rows
+
+
+def _by_ratio(compared: Comparison) -> tuple[NDArray[np.intp], NDArray[np.float64]]:
+    """Layers, those with most memory first, and the memory of each over its equal share."""
+    ratio: NDArray[np.float64] = compared.ratio.mean(1)
+    return np.argsort(-ratio, kind="stable"), ratio
+
+
 def _spread(mass: NDArray[np.float64]) -> str:
     ends = f"{mass.min():.1%} / {np.median(mass):.1%} / {mass.max():.1%} (lowest, median, highest)"
     return f"{ends}, mean {mass.mean():.1%},"
 
 
-def _layers(layers: NDArray[np.intp], ratio: NDArray[np.float64]) -> str:
-    return ", ".join(f"{layer} ({ratio[layer]:.1f}x)" for layer in layers) or "none"
+def _layers(layers: NDArray[np.intp], ratio: NDArray[np.float64], *, more: bool) -> str:
+    named = layers[ratio[layers] > 1] if more else layers[ratio[layers] < 1]
+    return ", ".join(f"{layer} ({ratio[layer]:.1f}x)" for layer in named) or "none"

@@ -60,11 +60,12 @@ def draw_kept(canvas: Canvas, profile: Profile) -> None:
     axes.set_xlabel("token" + (f", {width} to a column" if width > 1 else ""), fontsize=9)
     token_strip(strip, [axes], profile, tokens)
     count = len(profile.compactions)
+    kept = held.sum(2)
+    numbers = f"{kept.min():,}" if kept.min() == kept.max() else f"{kept.min():,} to {kept.max():,}"
     title(
         canvas,
         "What each layer and head kept",
-        f"{held[0, 0].sum():,} of {tokens:,} tokens in each head at the end, "
-        f"after {count} compaction{'s' if count > 1 else ''}",
+        f"{numbers} of {tokens:,} tokens in each head at the end, after {count} compaction{'s' if count > 1 else ''}",
     )
 
 

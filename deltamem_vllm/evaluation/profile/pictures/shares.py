@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 # SPDX-FileCopyrightText: Copyright contributors to the deltamem project
-"""Who holds the memory: equal shares beside one ranking over all layers and heads, and the attention each keeps."""
+"""The same memory in equal shares and dealt: what each layer and head holds of it, and what each keeps with that."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from matplotlib.colors import Normalize
 from matplotlib.ticker import PercentFormatter
 from numpy.typing import NDArray
 
+from deltamem_vllm.evaluation.profile.comparison import Comparison, comparison_of
 from deltamem_vllm.evaluation.profile.document import Profile
-from deltamem_vllm.evaluation.profile.meaning import meaning_of
 from deltamem_vllm.evaluation.profile.pictures.style import BLUE, GREY, INK, ORANGE, Canvas, layer_ticks, plain, title
 
 # Of the diverging scale, as powers of two: a quarter to four times the equal share.
@@ -19,15 +19,23 @@ _EXTREME = 2.0
 
 
 def draw_shares(canvas: Canvas, profile: Profile) -> None:
-    """Per layer, per head, and the attention mass kept under either way of dealing."""
-    used = meaning_of(profile.scorer).ranking
-    equal, dealt = profile.dealt["equal"], profile.dealt[used]
-    ratio = dealt.tokens / equal.tokens
+    """Memory per layer and per head, and the attention and utility kept under either way of dealing."""
+    compared = comparison_of(profile)
+    ratio = compared.ratio
     layers = ratio.shape[0]
-    bars, heads, mass = canvas.subplots(
-        1, 3, sharey=True, gridspec_kw={"width_ratios": [1.1, 0.3 + 0.08 * ratio.shape[1], 1.3]}
+    equal_utility, dealt_utility = compared.equal.utility_mass, compared.dealt.utility_mass
+    masses = [("attention", compared.equal.attention_mass, compared.dealt.attention_mass)]
+    if equal_utility is not None and dealt_utility is not None:
+        masses.append(("utility", equal_utility, dealt_utility))
+    bars, heads, *points = canvas.subplots(
+        1,
+        2 + len(masses),
+        sharey=True,
+        gridspec_kw={
+            "width_ratios": [1.1, 0.3 + 0.08 * ratio.shape[1]] + [1.3 if len(masses) == 1 else 0.9] * len(masses)
+        },
     )
-    _layer_bars(bars, ratio)
+    _layer_bars(bars, compared)
     image = heads.imshow(
         np.log2(np.maximum(ratio, 2.0**-8)),
         aspect="auto",
@@ -44,43 +52,51 @@ def draw_shares(canvas: Canvas, profile: Profile) -> None:
     bar.set_ticks([-2, -1, 0, 1, 2], labels=["1/4x", "1/2x", "1x", "2x", "4x"])
     bar.ax.tick_params(labelsize=7)
     bar.outline.set_visible(False)
-    _mass_points(mass, equal.attention_mass, dealt.attention_mass)
+    for axes, (what, equal, dealt) in zip(points, masses, strict=True):
+        _mass_points(axes, what, equal, dealt, compared.done)
+    points[0].legend(fontsize=8, frameon=True, framealpha=0.9, edgecolor="none", loc="best")
     bars.set_ylabel("layer", fontsize=9)
     bars.set_yticks(layer_ticks(layers))
     bars.set_ylim(layers - 0.5, -0.5)
-    measure = "utility" if used == "by_utility" else "window attention"
-    title(
-        canvas,
-        "Memory by layer and head",
-        f"if the same bytes were dealt by one ranking of {measure} over all layers and heads; today shares are equal",
-    )
+    if compared.done:
+        note = f"as dealt (dealing {profile.dealing}, by {compared.basis}), beside equal shares of the same bytes"
+    else:
+        note = f"if the same bytes were dealt by {compared.basis}; shares were equal"
+    title(canvas, "Memory by layer and head", note)
 
 
-def _layer_bars(axes: Axes, ratio: NDArray[np.float64]) -> None:
-    mean = ratio.mean(1)
-    colours = [ORANGE if value >= 1 else BLUE for value in mean]
-    axes.barh(np.arange(len(mean)), mean - 1, left=1, color=colours, height=0.75)
-    axes.axvline(1, color=INK, linewidth=1)
-    axes.set_xlim(0, max(2.0, mean.max() * 1.05))
-    axes.set_xlabel("memory if dealt (1: the equal share of today)", fontsize=9)
+def _layer_bars(axes: Axes, compared: Comparison) -> None:
+    share = compared.dealt.tokens.mean(1) / compared.tokens
+    equal = float(compared.equal.tokens.mean() / compared.tokens)
+    colours = [ORANGE if value >= equal else BLUE for value in share]
+    axes.barh(np.arange(len(share)), share - equal, left=equal, color=colours, height=0.75)
+    axes.axvline(equal, color=INK, linewidth=1)
+    axes.set_xlim(0, max(2.0 * equal, float(share.max()) * 1.05))
+    axes.xaxis.set_major_formatter(PercentFormatter(1, decimals=0))
+    axes.set_xlabel(f"tokens kept{'' if compared.done else ' if dealt'} (line: equal shares)", fontsize=9)
     axes.set_title("each layer", fontsize=9)
     plain(axes)
 
 
-def _mass_points(axes: Axes, equal: NDArray[np.float64], dealt: NDArray[np.float64]) -> None:
+def _mass_points(
+    axes: Axes, what: str, equal: NDArray[np.float64], dealt: NDArray[np.float64], dealt_done: bool
+) -> None:
+    """What was done is filled, what it is compared with is hollow."""
     layers, heads = equal.shape
     for head in range(heads):
         # Heads side by side inside a layer's row, or their points would hide one another.
         rows = np.arange(layers) + (head - (heads - 1) / 2) * 0.7 / heads
         axes.hlines(rows, equal[:, head], dealt[:, head], color=GREY, linewidth=0.6)
-        first = head == 0
-        axes.plot(dealt[:, head], rows, "o", ms=3.2, mfc="white", mec=ORANGE, label="dealt" if first else None)
-        axes.plot(equal[:, head], rows, "o", ms=3.2, color=BLUE, label="equal shares (today)" if first else None)
+        for values, colour, done, label in (
+            (dealt, ORANGE, dealt_done, "dealt" if dealt_done else "if dealt"),
+            (equal, BLUE, not dealt_done, "if shares were equal" if dealt_done else "equal shares"),
+        ):
+            face = colour if done else "white"
+            axes.plot(values[:, head], rows, "o", ms=3.2, mfc=face, mec=colour, label=label if head == 0 else None)
     for layer in range(1, layers, 2):
         axes.axhspan(layer - 0.5, layer + 0.5, color="#f3f3f3", zorder=0, linewidth=0)
     axes.set_xlim(min(equal.min(), dealt.min()) - 0.03, 1.01)
     axes.xaxis.set_major_formatter(PercentFormatter(1, decimals=0))
-    axes.set_xlabel("window attention on the tokens kept", fontsize=9)
-    axes.set_title("retained attention, each head", fontsize=9)
+    axes.set_xlabel(f"{'window attention' if what == 'attention' else what} on the tokens kept", fontsize=9)
+    axes.set_title(f"retained {what}, each head", fontsize=9)
     plain(axes)
-    axes.legend(fontsize=8, frameon=True, framealpha=0.9, edgecolor="none", loc="best")

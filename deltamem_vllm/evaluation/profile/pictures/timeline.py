@@ -55,6 +55,7 @@ def draw_bytes(canvas: Canvas, profile: Profile) -> None:
     first = profile.compactions[0].facts
     dense = -(-steps[-1]["logical_tokens"] // profile.engine["block_tokens"]) * block_bytes
     freed = first["source_blocks"] - first["target_blocks"]
+    mean = "" if profile.dealing == "equal" else " on average"
     axes.set(xlim=(0, len(steps)), ylim=(0, highest))
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: size(value)))
@@ -65,6 +66,6 @@ def draw_bytes(canvas: Canvas, profile: Profile) -> None:
     title(
         canvas,
         "Bytes by tier over time",
-        f"first compaction: {first['resident_before']:,} to {first['keep']:,} tokens, {freed} of "
+        f"first compaction: {first['resident_before']:,} to {first['keep']:,} tokens{mean}, {freed} of "
         f"{first['source_blocks']} blocks given back; at the end {size(held[-1])} held instead of {size(dense)}",
     )
