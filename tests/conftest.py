@@ -31,13 +31,13 @@ def pytest_sessionfinish(session: pytest.Session) -> None:
             "Log-probs of every generated token against an independent float32 reference that masks the evicted tokens",
             "per layer and kv head, teacher-forced on the engine's own output. `control` is the same comparison",
             "without the mask, on tokens that had something evicted: it must be large, or the run proves nothing.",
-            "The bound is 1e-4 on every token.",
+            "The bound is 1e-4 on every token. `pages`: fewest and most that a (layer, kv head) was dealt.",
             "",
             f'Command: `make test-all ARGS="-k masked_reference --exactness-report {path}"`',
             f"on {describe_machine()['cpu']}, {describe_machine()['cores']} cores.",
             "",
-            "| scenario | runner | model | tokens | max abs dlogprob | control | compactions | preemptions |",
-            "| --- | --- | --- | --- | --- | --- | --- | --- |",
+            "| scenario | runner | model | tokens | max abs dlogprob | control | compactions | preemptions | pages |",
+            "| --- | --- | --- | --- | --- | --- | --- | --- | --- |",
         ]
         path.write_text("\n".join([*header, *sorted(rows)]) + "\n")
 

@@ -139,19 +139,23 @@ class Dealer:
                 queries = self._window.rings[layer].index_select(0, rows).transpose(0, 1)
             tokens = lengths[layer].tolist()
             if len(set(tokens)) == 1:  # one view of all heads
-                scores[layer, :, : tokens[0]] = self._score(layer, pages[layer], tokens[0], queries, scorer)
+                scores[layer, :, : tokens[0]] = self._score(layer, 0, pages[layer], tokens[0], queries, scorer)
                 continue
             group = queries.shape[0] // pool.heads if queries is not None else 0
             for head, count in enumerate(tokens):
                 part = None if queries is None else queries[head * group : (head + 1) * group]
-                scores[layer, head, :count] = self._score(layer, pages[layer, head : head + 1], count, part, scorer)[0]
+                own = pages[layer, head : head + 1]
+                scores[layer, head, :count] = self._score(layer, head, own, count, part, scorer)[0]
         return scores
 
-    def _score(self, layer: int, pages: Tensor, count: int, queries: Tensor | None, scorer: Scorer) -> Tensor:
+    def _score(
+        self, layer: int, head: int, pages: Tensor, count: int, queries: Tensor | None, scorer: Scorer
+    ) -> Tensor:
+        """Scores of ``count`` tokens of the heads from ``head`` on, whose pages are given: ``[heads, count]``."""
         keys, values = self._mover.read(self.tables.pool.flat, pages, count)
         if queries is not None and queries.shape[1] > count:
             queries = queries[:, queries.shape[1] - count :]  # a pair may hold fewer tokens than the window has queries
-        view = ScoreView(keys, values, queries, self._scales[layer], layer, self._seed)
+        view = ScoreView(keys, values, queries, self._scales[layer], layer, self._seed, head)
         scores = scorer.score(view)
         return discount_repeats(scores, keys, values, self._redundancy) if self._redundancy > 0 else scores
 

@@ -58,7 +58,7 @@ class PagePool:
         self._pair_base = (bases.unsqueeze(1) + head).to(torch.int32)  # [L, H]
         self._block_stride = first.stride(0) // size
         numbers = self.ids(torch.arange(blocks, device=first.device)).flatten()
-        if numbers.unique().numel() != numbers.numel():
+        if not bool(numbers.sort().values.diff().all()):
             raise ValueError("the layers' KV caches overlap: two pages have the same memory")
 
     @property

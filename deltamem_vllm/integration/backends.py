@@ -13,7 +13,7 @@ from typing import Any
 
 from torch import Tensor
 from vllm.v1.attention.backends.registry import AttentionBackendEnum, register_backend
-from vllm.v1.kv_cache_interface import KVCacheLayout
+from vllm.v1.kv_cache_layout import KVCacheLayout
 
 from deltamem_vllm.integration.dealt_read import ReadsDealtPages
 from deltamem_vllm.scoring.window import WindowWrite, record

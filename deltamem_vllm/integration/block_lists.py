@@ -48,4 +48,5 @@ class BlockLists:
                 self.of[request_id].extend(blocks[0])
         for request_id, plan in compacted.items():
             self.of[request_id] = list(plan.blocks_after)
+            replaced.add(request_id)  # also where as many blocks as before look like no change
         return replaced

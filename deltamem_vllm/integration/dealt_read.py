@@ -67,7 +67,9 @@ class ReadsDealtPages:
         target = outputs if read.order is None else torch.empty_like(queries)
         assert self.deltamem_layer is not None, "checked by the caller"
         metadata = _METADATA[self._backend](pair, layer, read, self.deltamem_layer, metadata, queries)
-        super(ReadsDealtPages, pair).forward(layer, queries, key, value, read.pages, metadata, target)
+        super(ReadsDealtPages, pair).forward(  # type: ignore[misc]
+            layer, queries, key, value, read.pages, metadata, target
+        )
         if read.order is not None:
             outputs.index_copy_(0, read.order, target)
 

@@ -106,6 +106,7 @@ def _finish(vllm_config: VllmConfig, config: DeltaMemConfig) -> None:
     found = calibrations.find_calibration(vllm_config, config)
     # Every process uses what was found here, and requests are told when there is none.
     config = config.model_copy(update={"calibration": str(found.folder) if found is not None else "none"})
+    assert isinstance(vllm_config.additional_config, dict), "made by _prepare"
     vllm_config.additional_config[CONFIG_KEY] = config.to_json_dict()
     vllm_config.scheduler_config.scheduler_cls = scheduler_path(vllm_config)
     ledger.apply("vllm.v1.engine.async_llm:load_stat_logger_plugin_factories", _with_our_stat_logger)

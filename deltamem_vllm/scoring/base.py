@@ -42,6 +42,8 @@ class ScoreView:
         Index of the layer in model order.
     seed
         Seed of the policy, for scorers that draw numbers.
+    first_head
+        Index of the first kv head, on this rank: heads that hold different numbers of entries are rated one by one.
     """
 
     keys: Tensor
@@ -50,6 +52,7 @@ class ScoreView:
     scale: float
     layer: int = 0
     seed: int = 0
+    first_head: int = 0
 
     def __post_init__(self) -> None:
         keys, values, queries = self.keys, self.values, self.queries

@@ -33,7 +33,7 @@ class RandomScorer(Scorer):
         heads, n = view.num_kv_heads, view.num_resident
         device = view.keys.device
         entry = torch.arange(n, dtype=torch.int64, device=device)
-        state = torch.arange(heads, dtype=torch.int64, device=device).unsqueeze(1)
+        state = torch.arange(view.first_head, view.first_head + heads, dtype=torch.int64, device=device).unsqueeze(1)
         for part in (n, view.layer, view.seed & _MASK, (view.seed >> 32) & _MASK):
             state = _mix(state + part + 0x9E3779B9)
         # 24 bits fit a float32 exactly.

@@ -70,7 +70,15 @@ def cells(
                 request(number, "whole", {"deltamem_keep_ratio": 1.0}, prompt, forced),
             ]
         )
-    config = {"keep_ratio": RATIO, "min_tokens": 0, "scorer": "snapkv", "request_scorers": ["streaming"]}
+    config = {
+        "mode": "always",
+        "dealing": "equal",
+        "keep_ratio": RATIO,
+        "min_tokens": 0,
+        "recent_tokens": RECENT,
+        "scorer": "snapkv",
+        "request_scorers": ["streaming"],
+    }
     arguments = {
         "model": str(model),
         "skip_tokenizer_init": True,

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 # SPDX-FileCopyrightText: Copyright contributors to the deltamem project
-"""A worker without a model: it stores, for every slot of the pool, which token was written there.
+"""A worker without a model: it stores, for every page of the pool, which tokens were written there.
 
 It learns everything from ``SchedulerOutput``, as a real worker does, so it also checks the protocol between
 scheduler and worker. A token's identity is the whole prefix that produced it; a token computed after an eviction
@@ -10,48 +10,109 @@ depends on what was evicted and gets an identity of its own, which no other requ
 from __future__ import annotations
 
 import random
-from typing import Any
+from collections import defaultdict
+from typing import Any, NamedTuple
 
+import torch
 from vllm.v1.outputs import ModelRunnerOutput
+
+from deltamem_vllm.dealing.deal import deal
+from deltamem_vllm.memory.curves import UtilityCurve
+
+LAYERS, HEADS = 2, 2
+PAIRS = LAYERS * HEADS
+
+Page = tuple[int, int]
+"""A block and which of its pages: the one that (layer, kv head) uses where nothing is dealt."""
+
+
+class Dealt(NamedTuple):
+    """What the last compaction dealt: its serial, how many blocks, and which pages to which pair, in token order."""
+
+    serial: int
+    blocks: int
+    pages: list[list[Page]]
 
 
 class SimulatedWorker:
-    """Executes scheduler outputs on symbolic tokens.
+    """Executes scheduler outputs on symbolic tokens, for ``LAYERS`` x ``HEADS`` pairs (layer, kv head).
 
     Attributes
     ----------
-    slots: (block, slot) -> identity of the token stored there.
+    slots: page -> identities of the tokens stored there, by slot.
     """
 
     def __init__(self, block_size: int, seed: int) -> None:
         self._size = block_size
         self._random = random.Random(seed)
-        self.slots: dict[tuple[int, int], Any] = {}
+        self._draws = torch.Generator().manual_seed(seed)
+        self.slots: dict[Page, dict[int, Any]] = defaultdict(dict)
         self._blocks: dict[str, list[int]] = {}
         self._tokens: dict[str, list[int]] = {}
-        self._resident: dict[str, list[Any]] = {}
+        # Identities of the resident tokens, pair by pair.
+        self._resident: dict[str, list[list[Any]]] = {}
+        self._dealt: dict[str, Dealt] = {}
         self._epoch: dict[str, int] = {}
+        # A prefix is named by a number: comparing tuples of tokens would take most of the time.
+        self._prefixes: dict[tuple[int, int], int] = {}
 
     def execute(self, output: Any, requests: dict[str, Any]) -> ModelRunnerOutput:
         """One step; raises AssertionError when a request would read anything but its own resident tokens."""
         for gone in output.finished_req_ids | (output.preempted_req_ids or set()):
-            for table in (self._blocks, self._tokens, self._resident):
+            for table in (self._blocks, self._tokens, self._resident, self._dealt):
                 table.pop(gone, None)
         plans = {plan.request_id: plan for plan in output.deltamem.compactions}
+        curves = {probe.request_id: self._answer(probe) for probe in output.deltamem.probes}
         for plan in output.deltamem.compactions:
             self._compact(plan)
         self._update_tables(output, plans)
         for request_id, plan in plans.items():
             if request_id in self._blocks:
                 self._blocks[request_id] = list(plan.blocks_after)
+        self._check_serials(output.deltamem.dealt)
         sampled = [self._run(r, n, output, requests[r]) for r, n in output.num_scheduled_tokens.items()]
         ids = list(output.num_scheduled_tokens)
         # Each layer writes the step's tokens of all requests before any of them reads.
         for request_id in ids:
             self._check_reads(request_id)
-        return ModelRunnerOutput(
+        result = ModelRunnerOutput(
             req_ids=ids, req_id_to_index={r: i for i, r in enumerate(ids)}, sampled_token_ids=sampled
         )
+        result.deltamem_curves = curves  # type: ignore[attr-defined]
+        return result
+
+    def check_pages(self, owned: dict[str, list[int]]) -> int:
+        """Every page of the pool has one owner at most, unless requests share a dense block.
+
+        Parameters
+        ----------
+        owned: the block tables that the scheduler holds, by request; all other blocks are free, or cache entries.
+
+        Returns
+        -------
+        Dealt pages in use.
+        """
+        owners: dict[Page, set[tuple[str, int]]] = defaultdict(set)
+        private: set[Page] = set()
+        for request_id, dealt in self._dealt.items():
+            if request_id not in owned:
+                continue  # it ended; the worker hears of it with the next step
+            blocks = owned[request_id]
+            target = {(block, pair) for block in blocks[: dealt.blocks] for pair in range(PAIRS)}
+            mine = [page for pages in dealt.pages for page in pages]
+            assert len(mine) == len(set(mine)), f"a page was dealt twice to {request_id}"
+            assert set(mine) == target, f"{request_id} was dealt other pages than those of its blocks"
+            private |= target
+        for request_id, blocks in owned.items():
+            for pair in range(PAIRS):
+                for page in self._pages(request_id, pair, blocks):
+                    owners[page].add((request_id, pair))
+        for page, who in owners.items():
+            requests = {request_id for request_id, _ in who}
+            assert len(who) == len(requests), f"page {page} belongs to two pairs of one request: {who}"
+            assert page not in private or len(who) == 1, f"the dealt page {page} belongs to {who}"
+            assert len({pair for _, pair in who}) == 1, f"page {page} belongs to different pairs: {who}"
+        return len(private)
 
     def _update_tables(self, output: Any, plans: dict[str, Any]) -> None:
         for new in output.scheduled_new_reqs:
@@ -68,35 +129,120 @@ class SimulatedWorker:
     def _start(self, request_id: str, blocks: list[int], computed: int, tokens: list[int]) -> None:
         self._blocks[request_id] = list(blocks)
         self._tokens[request_id] = tokens
+        self._dealt.pop(request_id, None)
         self._epoch[request_id] = self._epoch.get(request_id, 0) + 1
         # A prefix hit: the blocks must hold exactly the dense KV of this prompt.
-        self._resident[request_id] = [tuple(tokens[: i + 1]) for i in range(computed)]
+        found: list[Any] = []
+        for token in tokens[:computed]:
+            found.append(self._prefix(found[-1] if found else -1, token))
+        self._resident[request_id] = [list(found) for _ in range(PAIRS)]
+
+    def _prefix(self, before: int, token: int) -> int:
+        return self._prefixes.setdefault((before, token), len(self._prefixes))
+
+    def _pages(self, request_id: str, pair: int, blocks: list[int]) -> list[Page]:
+        """Pages that a pair reads, in token order."""
+        dealt = self._dealt.get(request_id)
+        if dealt is None:
+            return [(block, pair) for block in blocks]
+        return dealt.pages[pair] + [(block, pair) for block in blocks[dealt.blocks :]]
+
+    def _read(self, request_id: str, pair: int, blocks: list[int]) -> list[Any]:
+        pages, size = self._pages(request_id, pair, blocks), self._size
+        count = len(self._resident[request_id][pair])
+        return [self.slots[pages[i // size]].get(i % size) for i in range(count)]
 
     def _compact(self, plan: Any) -> None:
-        old = self._resident[plan.request_id]
-        assert len(old) == plan.resident_before, "the scheduler counts other tokens than the worker holds"
-        held = [self.slots[plan.source_blocks[i // self._size], i % self._size] for i in range(len(old))]
-        assert held == old, "a source block was overwritten before its compaction"
-        middle = range(plan.sink_tokens, len(old) - plan.recent_tokens)
-        chosen = self._random.sample(middle, plan.keep - plan.sink_tokens - plan.recent_tokens)
-        kept = sorted({*range(plan.sink_tokens), *chosen, *range(len(old) - plan.recent_tokens, len(old))})
-        assert len(kept) == plan.keep
-        self._resident[plan.request_id] = [old[i] for i in kept]
-        for j, identity in enumerate(self._resident[plan.request_id]):
-            self.slots[plan.target_blocks[j // self._size], j % self._size] = identity
+        request_id, old = plan.request_id, self._resident[plan.request_id]
+        source = list(plan.source_blocks)
+        nominal = len(old[0]) - self._surplus(request_id, 0)
+        assert nominal == plan.resident_before, "the scheduler counts other tokens than the worker holds"
+        for pair in range(PAIRS):
+            assert self._read(request_id, pair, source) == old[pair], "a source page was overwritten before its use"
+        counts = [plan.keep] * PAIRS
+        if plan.dealing != "equal":
+            counts = [n * self._size for n in self._deal(plan, [len(tokens) for tokens in old])]
+        kept = [self._choose(tokens, count, plan) for tokens, count in zip(old, counts, strict=True)]
+        targets = self.deal_pages(plan, counts)
+        for tokens, pages in zip(kept, targets, strict=True):
+            for j, identity in enumerate(tokens):
+                self.slots[pages[j // self._size]][j % self._size] = identity
+        self._resident[request_id] = kept
+        if plan.dealing == "equal":
+            self._dealt.pop(request_id, None)
+        else:
+            self._dealt[request_id] = Dealt(plan.serial, len(plan.target_blocks), targets)
+
+    def _answer(self, probe: Any) -> UtilityCurve:
+        """Any curve will do; the probe must describe what the worker holds."""
+        resident = self._resident[probe.request_id]
+        nominal = len(resident[0]) - self._surplus(probe.request_id, 0)
+        assert nominal == probe.resident_len, "the scheduler probes other tokens than the worker holds"
+        for pair in range(PAIRS):
+            assert self._read(probe.request_id, pair, list(probe.source_blocks)) == resident[pair], "a stale probe"
+        floor = max(-(-(probe.sink_tokens + probe.recent_tokens) // self._size), 1)
+        blocks = range(floor, max(nominal // self._size, floor) + 1)
+        mass = sorted(self._random.random() for _ in blocks[:-1])
+        return UtilityCurve(tuple(blocks), (*mass, 1.0))
+
+    def _surplus(self, request_id: str, pair: int) -> int:
+        """Tokens that a pair holds more than its request does nominally."""
+        dealt = self._dealt.get(request_id)
+        return 0 if dealt is None else (len(dealt.pages[pair]) - dealt.blocks) * self._size
+
+    def _deal(self, plan: Any, lengths: list[int]) -> list[int]:
+        """Pages of each pair, for utilities that differ wildly from pair to pair."""
+        whole = torch.tensor([n // self._size for n in lengths])
+        utility = torch.rand(PAIRS, int(whole.max()), generator=self._draws).sort(descending=True).values
+        utility *= torch.rand(PAIRS, 1, generator=self._draws) ** 4
+        utility[torch.arange(utility.shape[1]) >= whole.unsqueeze(1)] = float("-inf")
+        floor = max(-(-(plan.sink_tokens + plan.recent_tokens) // self._size), 1)
+        pages = deal(utility.view(LAYERS, HEADS, -1), self._size, len(plan.target_blocks), floor)
+        return [int(n) for n in pages.flatten()]
+
+    def _choose(self, tokens: list[Any], count: int, plan: Any) -> list[Any]:
+        middle = range(plan.sink_tokens, len(tokens) - plan.recent_tokens)
+        chosen = self._random.sample(middle, count - plan.sink_tokens - plan.recent_tokens)
+        recent = range(len(tokens) - plan.recent_tokens, len(tokens))
+        kept = sorted({*range(plan.sink_tokens), *chosen, *recent})
+        assert len(kept) == count
+        return [tokens[i] for i in kept]
+
+    def deal_pages(self, plan: Any, counts: list[int]) -> list[list[Page]]:
+        """The pages of each pair that keeps so many tokens; in any order, as a worker is free to choose."""
+        if plan.dealing == "equal":
+            return [[(block, pair) for block in plan.target_blocks] for pair in range(PAIRS)]
+        pages = [(block, pair) for block in plan.target_blocks for pair in range(PAIRS)]
+        self._random.shuffle(pages)
+        targets = [[pages.pop() for _ in range(count // self._size)] for count in counts]
+        assert pages == [], "pages are left over"
+        return targets
+
+    def _check_serials(self, dealt: dict[str, int]) -> None:
+        found = {request_id: held.serial for request_id, held in self._dealt.items()}
+        assert found == dealt, "scheduler and worker disagree about the last compaction of a request"
 
     def _run(self, request_id: str, count: int, output: Any, request: Any) -> list[int]:
         evicted = output.deltamem.evicted.get(request_id, 0)
         tokens, resident, blocks = (t[request_id] for t in (self._tokens, self._resident, self._blocks))
         end = request.num_computed_tokens  # vLLM has already advanced it
         first = end - count
-        assert len(resident) == first - evicted, "resident and logical lengths disagree"
+        for pair in range(PAIRS):
+            held = len(resident[pair]) - self._surplus(request_id, pair)
+            assert held == first - evicted, "resident and logical lengths disagree"
+        tables = [self._pages(request_id, pair, blocks) for pair in range(PAIRS)]
         for position in range(first, end):
-            own = (request_id, self._epoch[request_id], position)
-            identity = own if evicted else tuple(tokens[: position + 1])
+            if evicted:
+                identity: Any = (request_id, self._epoch[request_id], position)
+            else:
+                identity = self._prefix(resident[0][-1] if position else -1, tokens[position])
             where = position - evicted
-            self.slots[blocks[where // self._size], where % self._size] = identity
-            resident.append(identity)
+            for pair in range(PAIRS):
+                # Writes go through vLLM's own block table: the tail is the same for every pair.
+                page = (blocks[where // self._size], pair)
+                assert tables[pair][len(resident[pair]) // self._size] == page, "the tail is not where writes go"
+                self.slots[page][where % self._size] = identity
+                resident[pair].append(identity)
         if end < len(tokens):
             return []
         token = self._random.randrange(1000)
@@ -104,6 +250,6 @@ class SimulatedWorker:
         return [token]
 
     def _check_reads(self, request_id: str) -> None:
-        blocks, expected = self._blocks[request_id], self._resident[request_id]
-        found = [self.slots.get((blocks[i // self._size], i % self._size)) for i in range(len(expected))]
-        assert found == expected, f"{request_id} would read tokens that are not its own"
+        for pair, expected in enumerate(self._resident[request_id]):
+            found = self._read(request_id, pair, self._blocks[request_id])
+            assert found == expected, f"{request_id} would read tokens that are not its own"

@@ -19,11 +19,13 @@ from vllm.v1.request import Request, RequestStatus
 from vllm.v1.structured_output import StructuredOutputManager
 
 from tests.property.simulated_worker import SimulatedWorker
-from tests.support.pool_checks import check_pool
+from tests.support.pool_checks import PoolChecks
 from tests.support.tiny_models import build_tiny_model
 
 BLOCK = 16
 POLICY = {
+    "mode": "always",
+    "dealing": "global",
     "keep_ratio": 0.2,
     "min_tokens": 40,
     "sink_tokens": 2,
@@ -73,18 +75,26 @@ def new_request(name: str, prompt: list[int], new_tokens: int, extra: dict[str, 
     return Request(name, prompt, params, None, block_hasher=hasher)
 
 
+def block_tables(scheduler: Any) -> dict[str, list[int]]:
+    held = scheduler.deltamem_manager.req_to_blocks
+    return {request_id: [block.block_id for block in blocks] for request_id, blocks in held.items()}
+
+
 class Engine:
     """Steps a scheduler and a worker; ``ahead``: the output of a step is known only after the next is scheduled."""
 
     def __init__(self, scheduler: Any, worker: SimulatedWorker, ahead: bool = False) -> None:
         self.scheduler, self.worker = scheduler, worker
+        self.most_dealt_pages = 0
+        self._pool = PoolChecks(scheduler)
         self._depth = 1 if ahead else 0
         self._in_flight: list[tuple[Any, Any]] = []
 
     def step(self) -> Any:
         output = self.scheduler.schedule()
-        check_pool(self.scheduler, output)
+        self._pool.check(output)
         self._in_flight.append((output, self.worker.execute(output, self.scheduler.requests)))
+        self.most_dealt_pages = max(self.most_dealt_pages, self.worker.check_pages(block_tables(self.scheduler)))
         while len(self._in_flight) > self._depth:
             self.scheduler.update_from_output(*self._in_flight.pop(0))
         return output
@@ -119,22 +129,36 @@ def test_random_traffic_keeps_the_books(vllm_config, ahead, data, caching, block
             length = data.draw(st.integers(1, min(usable + 200, 950)), label="length")
             prompt = (prefix + list(range(length)))[: max(length, 1)]
             off = data.draw(st.booleans()) and len(prompt) + 60 < usable
-            extra = (
-                {"deltamem_policy": "off"} if off else {"deltamem_keep_ratio": data.draw(st.sampled_from([0.1, 0.3]))}
-            )
+            extra: dict[str, Any] = {"deltamem_policy": "off"}
+            if not off:
+                dealing = data.draw(st.sampled_from(["global", "equal"]), label="dealing")
+                extra = {
+                    "deltamem_keep_ratio": data.draw(st.sampled_from([0.1, 0.3])),
+                    "deltamem_dealing": dealing,
+                    "deltamem_mode": data.draw(st.sampled_from(["always", "pressure"]), label="mode"),
+                }
+                if dealing == "global" and data.draw(st.booleans(), label="coverage"):
+                    extra["deltamem_coverage"] = 0.7
             new = data.draw(st.integers(1, 60), label="new tokens")
             scheduler.add_request(new_request(f"r{next(names)}", prompt, new, extra))
-        elif action == "abort" and scheduler.requests:
-            victim = data.draw(st.sampled_from(sorted(scheduler.requests)), label="victim")
-            scheduler.finish_requests(victim, RequestStatus.FINISHED_ABORTED)
+        elif action == "abort":
+            number, alive = data.draw(st.integers(0, 63), label="victim"), sorted(scheduler.requests)
+            if alive:
+                scheduler.finish_requests(alive[number % len(alive)], RequestStatus.FINISHED_ABORTED)
         elif action == "reset":
             scheduler.reset_prefix_cache()
         else:
             engine.step()
     engine.run_to_the_end()
     event(f"compacted: {scheduler.deltamem.totals()['counters']['compactions'] > 0}")
+    event(f"dealt: {engine.most_dealt_pages > 0}")
     manager = scheduler.deltamem_manager
-    assert manager.evicted == {} and manager.admissions == {} and scheduler.deltamem_budgets == {}
+    assert (
+        manager.evicted == {}
+        and manager.dealt == {}
+        and manager.admissions == {}
+        and scheduler.deltamem_policy.governed == {}
+    )
     assert manager.block_pool.get_num_free_blocks() == blocks - 1, "the pool is not whole after all requests ended"
 
 
@@ -194,14 +218,49 @@ def test_a_widely_shared_prompt_is_left_alone_and_counted(vllm_config):
     assert scheduler.deltamem.totals()["counters"]["compactions_skipped"]["shared_prefix"] > 0
 
 
-def test_the_simulated_worker_sees_a_wrong_block(vllm_config):
-    """The control: the read check fails when one block of a plan is wrong."""
+def change_equal(plan: Any, step: Any) -> None:
+    object.__setattr__(plan, "blocks_after", (plan.blocks_after[-1] + 1, *plan.blocks_after[1:]))
+
+
+def change_dealt(plan: Any, step: Any) -> None:
+    object.__setattr__(plan, "target_blocks", (plan.source_blocks[-1] + 20, *plan.target_blocks[1:]))
+
+
+def change_serial(plan: Any, step: Any) -> None:
+    object.__setattr__(step, "dealt", {plan.request_id: plan.serial - 1})
+
+
+@pytest.mark.parametrize(
+    ("dealing", "change", "message"),
+    [
+        ("equal", change_equal, "not its own"),
+        ("global", change_dealt, "other pages than those of its blocks"),
+        ("global", change_serial, "disagree about the last compaction"),
+    ],
+)
+def test_the_simulated_worker_sees_a_wrong_plan(vllm_config, dealing, change, message):
+    """The controls: the checks fail when one block or serial of a plan is wrong."""
     scheduler, worker = new_scheduler(vllm_config, 60, caching=False), SimulatedWorker(BLOCK, 0)
-    scheduler.add_request(new_request("r", list(range(300)), 8, None))
-    with pytest.raises(AssertionError, match="not its own"):
+    scheduler.add_request(new_request("r", list(range(300)), 8, {"deltamem_dealing": dealing}))
+    with pytest.raises(AssertionError, match=message):
         for _ in range(20):
             output = scheduler.schedule()
             for plan in output.deltamem.compactions:
-                wrong = (plan.blocks_after[-1] + 1, *plan.blocks_after[1:])
-                object.__setattr__(plan, "blocks_after", wrong)
+                change(plan, output.deltamem)
             scheduler.update_from_output(output, worker.execute(output, scheduler.requests))
+            worker.check_pages(block_tables(scheduler))
+
+
+def test_the_simulated_worker_sees_a_page_dealt_twice(vllm_config):
+    scheduler, worker = new_scheduler(vllm_config, 60, caching=False), SimulatedWorker(BLOCK, 0)
+    deal_pages = worker.deal_pages
+
+    def twice(plan: Any, counts: list[int]) -> list[list[tuple[int, int]]]:
+        pages = deal_pages(plan, counts)
+        pages[0][-1] = pages[1][-1]
+        return pages
+
+    worker.deal_pages = twice  # type: ignore[method-assign]
+    scheduler.add_request(new_request("r", list(range(300)), 8, None))
+    with pytest.raises(AssertionError, match="tokens that are not its own"):
+        Engine(scheduler, worker).run_to_the_end()

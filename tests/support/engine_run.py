@@ -113,9 +113,15 @@ def _exit_after(model: str, directory: Path) -> None:
 
 @dataclass
 class Observer:
-    """Wraps three scheduler methods: which step computed which token, who was compacted, who preempted."""
+    """Wraps three scheduler methods: which step computed which token, who was compacted, who preempted.
+
+    Attributes
+    ----------
+    events: "mixed_steps" and "chunks_on_compacted" are counted here; see ``Expected``.
+    """
 
     scheduler: Any
+    events: Counter[str] = field(default_factory=Counter)
     step: int = 0
     max_running: int = 0
     plans: list[tuple[int, Any]] = field(default_factory=list)
@@ -123,21 +129,33 @@ class Observer:
     token_steps: dict[str, list[int]] = field(default_factory=dict)
 
     def attach(self) -> None:
+        from pool_checks import PoolChecks
+
+        self._pool = PoolChecks(self.scheduler)
         for name in ("schedule", "update_from_output", "_preempt_request"):
             setattr(self, f"_stock_{name}", getattr(self.scheduler, name))
             setattr(self.scheduler, name, getattr(self, name))
 
     def schedule(self, *args: Any, **kwargs: Any) -> Any:
-        from pool_checks import check_pool
-
         self.step += 1
         output = self._stock_schedule(*args, **kwargs)
         output.test_step = self.step
         self.max_running = max(self.max_running, len(self.scheduler.running))
         plan = getattr(output, "deltamem", None)
         self.plans += [(self.step, compaction) for compaction in (plan.compactions if plan is not None else ())]
-        check_pool(self.scheduler, output)
+        self._pool.check(output)
+        if plan is not None:
+            self._count_company(output, plan.evicted)
         return output
+
+    def _count_company(self, output: Any, compacted: dict[str, int]) -> None:
+        """Who shares the step: what a mixed batch and a chunk behind a compaction are proved by."""
+        counts = output.num_scheduled_tokens
+        self.events["chunks_on_compacted"] += sum(n > 1 and r in compacted for r, n in counts.items())
+        decoding = [r for r, n in counts.items() if n == 1]
+        reading = any(n > 1 for n in counts.values())
+        either = {r in compacted for r in decoding}
+        self.events["mixed_steps"] += reading and either == {True, False}
 
     def update_from_output(self, output: Any, *args: Any, **kwargs: Any) -> Any:
         # Tokens in flight during a preemption still arrive, from a step before it: hence per token, not per
@@ -157,7 +175,7 @@ class Observer:
         return self._stock__preempt_request(request, *args, **kwargs)
 
 
-def engine_arguments(scenario: Scenario, model: str) -> dict[str, Any]:
+def engine_arguments(scenario: Scenario, model: str, directory: Path) -> dict[str, Any]:
     arguments: dict[str, Any] = {
         "model": model,
         "dtype": "float32",
@@ -176,7 +194,12 @@ def engine_arguments(scenario: Scenario, model: str) -> dict[str, Any]:
     if scenario.tp > 1:
         arguments["distributed_executor_backend"] = "mp"
     if scenario.config is not None:
-        arguments["additional_config"] = {"deltamem": scenario.config}
+        config = {"calibration": "none"} | scenario.config
+        if scenario.calibrated:
+            from uneven_prior import write_calibration
+
+            config["calibration"] = str(write_calibration(Path(model), directory / "calibration"))
+        arguments["additional_config"] = {"deltamem": config}
         arguments["worker_cls"] = "recording_worker.RecordingWorker"
     return arguments
 
@@ -190,13 +213,21 @@ def main(model: str, directory: Path) -> None:
         from async_on_cpu import force_async_scheduling
 
         force_async_scheduling()
+    if scenario.config is not None:
+        import uneven_scorer
+
+        uneven_scorer.register()
+    if scenario.graph_rows:
+        from full_graph import expect_graphs
+
+        expect_graphs()
     if scenario.fault:
         from faults import inject
 
         inject(scenario.fault)
     from vllm import LLM
 
-    llm = LLM(**engine_arguments(scenario, model))
+    llm = LLM(**engine_arguments(scenario, model, directory))
     engine = llm.llm_engine
     core = engine.engine_core.engine_core
     scheduler = core.scheduler
@@ -219,13 +250,14 @@ def main(model: str, directory: Path) -> None:
         evicted_at_end=len(getattr(manager, "evicted", {})),
         directory=str(directory),
         model=model,
+        ranks=scenario.tp,
         environment={
             "scheduler": type(scheduler).__mro__[0].__name__,
             "async": str(core.vllm_config.scheduler_config.async_scheduling and core.batch_queue is not None),
             "runner": runner,
             "compilation": str(core.vllm_config.compilation_config.mode),
         },
-        events=dict(events),
+        events=dict(observer.events + events),
     ).save(directory / RESULT_FILE)
     if scenario.tp > 1:
         core.model_executor.shutdown()
@@ -265,6 +297,7 @@ def _serve(scenario: Scenario, engine: Any, observer: Observer) -> tuple[list[Ou
                     ignore_eos=True,
                     logprobs=0,
                     detokenize=False,
+                    extra_args=scenario.options[i % len(scenario.options)] or None,
                 )
                 engine.add_request(names[i], {"prompt_token_ids": prompts[i]}, params)
             due = [names[i] for i, at in aborts if at == step]
@@ -303,12 +336,18 @@ def _merge_ranks(plans: list[tuple[int, Any]], directory: Path, ranks: int) -> l
     recorded = len(list(directory.glob("rank*-*.pt")))
     assert recorded == len(plans) * ranks, f"{len(plans)} plans, but {recorded} compactions on {ranks} ranks"
     compactions = []
+    freed: set[int] = set()
     for n, (step, plan) in enumerate(plans):
         parts = [torch.load(directory / f"rank{rank}-{n:05d}.pt") for rank in range(ranks)]
         for part in parts:
-            assert part["request"] == plan.request_id, "a worker ran the plans in another order"
+            same = (part["request"], part["serial"]) == (plan.request_id, plan.serial)
+            assert same, "a worker ran the plans in another order"
+        survivors = [sum(heads, []) for heads in zip(*(part["survivors"] for part in parts), strict=True)]
+        lengths = [len(head) for heads in survivors for head in heads]
         file = f"survivors-{n:05d}.pt"
-        torch.save(torch.cat([part["survivors"] for part in parts], dim=1), directory / file)
+        torch.save(survivors, directory / file)
+        if compactions and compactions[-1].step != step:
+            freed.clear()
         compactions.append(
             Compaction(
                 step=step,
@@ -320,10 +359,17 @@ def _merge_ranks(plans: list[tuple[int, Any]], directory: Path, ranks: int) -> l
                 evicted_after=plan.evicted_after,
                 sink_tokens=plan.sink_tokens,
                 recent_tokens=plan.recent_tokens,
+                dealing=plan.dealing,
+                serial=plan.serial,
+                target_blocks=len(plan.target_blocks),
+                reused_blocks=len(freed & set(plan.target_blocks)),
                 in_place=plan.in_place,
+                fewest=min(lengths),
+                most=max(lengths),
                 file=file,
             )
         )
+        freed |= set(plan.source_blocks) - set(plan.target_blocks)
     return compactions
 
 

@@ -5,6 +5,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 from torch import Tensor
@@ -18,6 +19,22 @@ def _fresh_seq_lens() -> None:
         return logical - self._rows[: logical.shape[0]]
 
     ResidentRows.seq_lens = seq_lens  # type: ignore[method-assign]
+
+
+def _fresh_pair_lengths() -> None:
+    """Tokens of each (layer, kv head) in a new tensor each step."""
+    from deltamem_vllm.dealing.tables import PageTables
+
+    seq_lens = PageTables.seq_lens
+    PageTables.seq_lens = lambda self, nominal: seq_lens(self, nominal).clone()  # type: ignore[method-assign]
+
+
+def _fresh_page_tables() -> None:
+    """Page tables in a new tensor each step."""
+    from deltamem_vllm.dealing.tables import PageTables
+
+    tables = PageTables.tables
+    PageTables.tables = lambda self, rows: tables(self, rows).clone()  # type: ignore[method-assign]
 
 
 def _fresh_window_target() -> None:
@@ -41,10 +58,53 @@ def _stock_append() -> None:
     RunnerV2Hooks.begin_step = with_append  # type: ignore[method-assign]
 
 
+def _stock_tables() -> None:
+    """Compacted requests are read through vLLM's own block tables, as if every pair had the same pages."""
+    from deltamem_vllm.integration.dealt_batch import DealtBatch
+
+    DealtBatch.attach = lambda self, metadata: None  # type: ignore[method-assign]
+
+
+def _wrong_page() -> None:
+    """After each compaction one page of one (layer, kv head) is that of another pair."""
+    from deltamem_vllm.dealing.tables import PageTables
+
+    put = PageTables.put
+
+    def put_and_spoil(self: PageTables, request_id: str, *args: Any, **kwargs: Any) -> None:
+        put(self, request_id, *args, **kwargs)
+        dealt = self.requests[request_id]
+        last = int(dealt.counts[-1, -1]) - 1
+        dealt.pages[-1, -1, last] = dealt.pages[0, 0, 0]
+
+    PageTables.put = put_and_spoil  # type: ignore[method-assign]
+
+
+def _stale_serial() -> None:
+    """The scheduler names another compaction than the worker's last one, in a step without compactions."""
+    from deltamem_vllm.integration.worker import DeltaMemCPUWorker
+
+    execute_model = DeltaMemCPUWorker.execute_model
+
+    def execute_stale(self: DeltaMemCPUWorker, output: Any) -> Any:
+        plan = getattr(output, "deltamem", None)
+        if plan is not None and not plan.compactions:
+            dealt = {request_id: serial + 1 for request_id, serial in plan.dealt.items()}
+            output.deltamem = replace(plan, dealt=dealt)
+        return execute_model(self, output)
+
+    DeltaMemCPUWorker.execute_model = execute_stale  # type: ignore[method-assign]
+
+
 FAULTS: dict[str, Callable[[], None]] = {
+    "fresh-page-tables": _fresh_page_tables,
+    "fresh-pair-lengths": _fresh_pair_lengths,
     "fresh-seq-lens": _fresh_seq_lens,
     "fresh-window-target": _fresh_window_target,
+    "stale-serial": _stale_serial,
     "stock-append": _stock_append,
+    "stock-tables": _stock_tables,
+    "wrong-page": _wrong_page,
 }
 
 

@@ -18,6 +18,13 @@ from vllm.forward_context import set_forward_context
 from vllm.v1.worker.gpu.cudagraph_utils import BatchExecutionDescriptor, prepare_inputs_to_capture
 
 
+def expect_graphs() -> None:
+    """Let workers of this process prepare for FULL graphs, which vLLM has on GPUs only; before the engine is built."""
+    from deltamem_vllm.integration import worker
+
+    worker.has_graphs = lambda vllm_config: True
+
+
 class FullGraph:
     """The one decode graph of a runner, installed on construction.
 

@@ -8,28 +8,68 @@ from collections import Counter
 from typing import Any
 
 
-def check_pool(scheduler: Any, output: Any) -> None:
-    """Every block is free or owned, reference counts balance, and no step writes a block that others read.
+class PoolChecks:
+    """Looks at a scheduler after every ``schedule()``, beginning with its first.
 
     Parameters
     ----------
-    scheduler: vLLM's scheduler, right after ``schedule()``.
-    output: what ``schedule()`` returned.
+    scheduler: vLLM's scheduler.
     """
-    (manager,) = scheduler.kv_cache_manager.coordinator.single_type_managers
-    pool = manager.block_pool
-    owners: Counter[int] = Counter()
-    for blocks in manager.req_to_blocks.values():
-        owners.update(block.block_id for block in blocks if not block.is_null)
-    free = [block.block_id for block in pool.free_block_queue.get_all_free_blocks()]
-    assert len(free) == len(set(free)), "a block is twice in the free queue"
-    assert pool.get_num_free_blocks() == len(free), "the free counter disagrees with the free queue"
-    assert len(free) + len(owners) + 1 == pool.num_gpu_blocks, "a block is neither free nor owned, or both"
-    assert not owners.keys() & set(free), "a block is free and owned"
-    for block in pool.blocks:
-        if not block.is_null:
-            assert block.ref_cnt == owners[block.block_id], f"block {block.block_id} has a wrong reference count"
-    _check_writes(scheduler, output, manager)
+
+    def __init__(self, scheduler: Any) -> None:
+        self._scheduler = scheduler
+        # Request -> (blocks its last compaction gave it, tokens it had seen then, serial), for dealt pages.
+        self._dealt: dict[str, tuple[int, int, int]] = {}
+        self._last_serial = 0
+
+    def check(self, output: Any) -> None:
+        """Every block is free or owned, reference counts balance, and no step writes a block that others read.
+
+        Parameters
+        ----------
+        output: what ``schedule()`` has just returned.
+        """
+        (manager,) = self._scheduler.kv_cache_manager.coordinator.single_type_managers
+        pool = manager.block_pool
+        owners: Counter[int] = Counter()
+        for blocks in manager.req_to_blocks.values():
+            owners.update(block.block_id for block in blocks if not block.is_null)
+        free = [block.block_id for block in pool.free_block_queue.get_all_free_blocks()]
+        assert len(free) == len(set(free)), "a block is twice in the free queue"
+        assert pool.get_num_free_blocks() == len(free), "the free counter disagrees with the free queue"
+        assert len(free) + len(owners) + 1 == pool.num_gpu_blocks, "a block is neither free nor owned, or both"
+        assert not owners.keys() & set(free), "a block is free and owned"
+        for block in pool.blocks:
+            if not block.is_null:
+                assert block.ref_cnt == owners[block.block_id], f"block {block.block_id} has a wrong reference count"
+        _check_writes(self._scheduler, output, manager)
+        if hasattr(output, "deltamem"):
+            self._check_dealt(output.deltamem, manager)
+
+    def _check_dealt(self, step: Any, manager: Any) -> None:
+        """A request with dealt pages owns their blocks and those of its tail, alone, and not one block more."""
+        for plan in step.compactions:
+            self._dealt.pop(plan.request_id, None)
+            if plan.dealing == "equal":
+                continue
+            blocks = len(plan.target_blocks)
+            assert plan.keep == blocks * manager.block_size, f"{plan.request_id}: {plan.keep} tokens in {blocks} blocks"
+            assert plan.serial > self._last_serial, f"serial {plan.serial} after {self._last_serial}"
+            self._last_serial = plan.serial
+            self._dealt[plan.request_id] = (blocks, plan.logical_len, plan.serial)
+        # A preempted request starts over densely; one that ended is gone.
+        self._dealt = {request_id: dealt for request_id, dealt in self._dealt.items() if request_id in manager.evicted}
+        assert step.dealt == {request_id: dealt[2] for request_id, dealt in self._dealt.items()}, (
+            "the step names other requests with dealt pages, or other serials, than its plans gave"
+        )
+        for request_id, (dealt, seen, _) in self._dealt.items():
+            tail = self._scheduler.requests[request_id].num_computed_tokens - seen
+            blocks = manager.req_to_blocks[request_id]
+            wanted = dealt + -(-tail // manager.block_size)
+            assert len(blocks) == wanted, f"{request_id} owns {len(blocks)} blocks, expected {wanted}"
+            assert all(block.ref_cnt == 1 and block.block_hash is None for block in blocks), (
+                f"{request_id} has dealt pages in a block that others may read"
+            )
 
 
 def _check_writes(scheduler: Any, output: Any, manager: Any) -> None:

@@ -9,12 +9,17 @@ rank.
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+import uneven_scorer
 
 from deltamem_vllm.integration.worker import DeltaMemCPUWorker
+
+# Tensor-parallel ranks are processes of their own, and each loads its scorers after it has imported this module.
+uneven_scorer.register()
 
 RECORD_DIR = "DELTAMEM_TEST_RECORD_DIR"
 
@@ -27,12 +32,13 @@ class RecordingWorker(DeltaMemCPUWorker):
         self._recorded = 0
         self.deltamem.compactor.on_compaction = self._record
 
-    def _record(self, plan: Any, survivors: list[torch.Tensor]) -> None:
+    def _record(self, plan: Any, survivors: Sequence[Sequence[torch.Tensor]]) -> None:
         path = Path(os.environ[RECORD_DIR], f"rank{self.rank}-{self._recorded:05d}.pt")
         data = {
             "request": plan.request_id,
-            "logical_len": plan.logical_len,
-            "survivors": torch.stack([s.cpu() for s in survivors]),
+            "serial": plan.serial,
+            # Cloned: a view would be saved with all of the tensor behind it.
+            "survivors": [[head.cpu().clone() for head in heads] for heads in survivors],
         }
         torch.save(data, path)
         self._recorded += 1

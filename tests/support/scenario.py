@@ -30,6 +30,18 @@ class Expected:
     replays: int = 0
     padded_replays: int = 0
     reversed_writes: int = 0
+    spread: int = 0
+    """Pages by which some compaction's largest (layer, kv head) must exceed its smallest: dealing did something."""
+    equal: int = 0
+    """Compactions that kept the same number of tokens in every (layer, kv head)."""
+    reused_blocks: int = 0
+    """Target blocks that an earlier compaction of the same step had freed."""
+    never_compacted: int = 0
+    """Finished requests without a compaction."""
+    mixed_steps: int = 0
+    """Steps in which a compacted request decodes, a never compacted one decodes and a third reads a prompt chunk."""
+    chunks_on_compacted: int = 0
+    """Prompt chunks of two tokens or more that were written behind a compaction."""
 
 
 @dataclass(frozen=True)
@@ -42,6 +54,8 @@ class Scenario:
     prompts: tokens of each prompt.
     max_tokens: new tokens of each request, repeated over the requests.
     config: the policy's fields; None runs stock vLLM.
+    calibrated: give the engine a calibration under which pairs deserve very different amounts.
+    options: each request's own fields (``extra_args``), repeated over the requests.
     model: family of a tiny model, or "smollm2".
     rounds: how often all prompts are submitted, one after the other; later rounds can hit the prefix cache.
     shared_prefix: leading tokens that all prompts have in common.
@@ -64,6 +78,8 @@ class Scenario:
     prompts: tuple[int, ...]
     max_tokens: tuple[int, ...]
     config: dict[str, Any] | None
+    calibrated: bool = False
+    options: tuple[dict[str, Any], ...] = ({},)
     model: str = "llama"
     rounds: int = 1
     shared_prefix: int = 0
@@ -90,7 +106,7 @@ class Scenario:
     def from_json(cls, text: str) -> Scenario:
         raw = json.loads(text)
         raw["expected"] = Expected(**raw["expected"])
-        for name in ("prompts", "max_tokens"):
+        for name in ("prompts", "max_tokens", "options"):
             raw[name] = tuple(raw[name])
         raw["aborts"] = tuple((i, step) for i, step in raw["aborts"])
         return cls(**raw)
@@ -104,7 +120,15 @@ class Scenario:
 
 @dataclass(frozen=True)
 class Compaction:
-    """One compaction as the scheduler planned and the workers did it. ``file`` holds the survivors."""
+    """One compaction as the scheduler planned and the workers did it.
+
+    Attributes
+    ----------
+    target_blocks: how many blocks the survivors got.
+    reused_blocks: how many of those an earlier compaction of the same step had freed.
+    fewest, most: survivors of the (layer, kv head) that kept the fewest and of the one that kept the most.
+    file: survivors[layer][kv head], ascending resident indices of that pair; kv heads of all ranks in order.
+    """
 
     step: int
     request: str
@@ -115,8 +139,19 @@ class Compaction:
     evicted_after: int
     sink_tokens: int
     recent_tokens: int
+    dealing: str
+    serial: int
+    target_blocks: int
+    reused_blocks: int
     in_place: bool
+    fewest: int
+    most: int
     file: str
+
+    @property
+    def spread(self) -> int:
+        """Pages between the (layer, kv head) that kept the most and the one that kept the fewest."""
+        return (self.most - self.fewest) // BLOCK_SIZE
 
 
 @dataclass(frozen=True)
@@ -155,9 +190,10 @@ class Result:
     evicted_at_end: int
     directory: str
     model: str
+    ranks: int
     environment: dict[str, str]
     events: dict[str, int]
-    """What the emulations counted: see ``FullGraph`` and ``reverse_block_table_writes``."""
+    """Counts of ``Observer``, and of the emulations: see ``FullGraph`` and ``reverse_block_table_writes``."""
 
     @classmethod
     def load(cls, path: Path) -> Result:
