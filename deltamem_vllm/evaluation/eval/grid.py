@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, PositiveInt, ValidationError, field_validator, model_validator
@@ -26,6 +26,7 @@ FP8_BUDGET = 0.5
 _STRIDE = 2
 
 Budget = Annotated[float, Field(gt=0, lt=1)]
+Dealing = Literal["global", "profile", "equal"]
 
 
 class GridError(ValueError):
@@ -41,6 +42,8 @@ class Policy(_Strict):
 
     name: str = Field(pattern=r"^[a-z][a-z0-9-]*$")
     scorer: str
+    dealing: Dealing = "global"
+    """How layers and heads share the budget."""
     config: dict[str, Any] = {}
     """Fields of DeltaMemConfig that differ from the grid's; such a policy gets an engine of its own."""
 
@@ -84,12 +87,15 @@ class Grid(_Strict):
     @field_validator("policies", mode="before")
     @classmethod
     def _names_are_scorers(cls, given: Any) -> Any:
-        """A plain name is a policy with that scorer; the controls need not be listed."""
+        """A plain name is a policy with that scorer, with or without the dealing behind it (``tova-equal``).
+
+        The controls need not be listed; they are what they are in papers, with the same number of tokens for each head.
+        """
         if not isinstance(given, list | tuple):
             return given
-        listed = [{"name": one, "scorer": one} if isinstance(one, str) else one for one in given]
+        listed = [_named(one) if isinstance(one, str) else one for one in given]
         names = {one.get("name") if isinstance(one, Mapping) else getattr(one, "name", None) for one in listed}
-        return [*listed, *({"name": name, "scorer": name} for name in CONTROLS if name not in names)]
+        return [*listed, *(_named(name) for name in CONTROLS if name not in names)]
 
     @model_validator(mode="after")
     def _check(self) -> Grid:
@@ -109,7 +115,7 @@ class Grid(_Strict):
 
     def config_of(self, policy: Policy) -> dict[str, Any]:
         """The policy's DeltaMemConfig fields. Short prompts are evicted too: a budget is a budget."""
-        return {"min_tokens": 0, "seed": self.seed, **self.policy, **policy.config}
+        return {"mode": "always", "min_tokens": 0, "seed": self.seed, **self.policy, **policy.config}
 
     def samples(self) -> Iterator[tuple[int, str, int]]:
         """(length, task, index) of every sample: a few indices of all lengths and tasks, then the next few, so that
@@ -124,6 +130,14 @@ class Grid(_Strict):
         points = [(FULL, 1.0)]
         points += [(FP8, FP8_BUDGET)] if self.fp8 else []
         return points + [(policy.name, budget) for policy in self.policies for budget in self.budgets]
+
+
+def _named(name: str) -> dict[str, Any]:
+    """The policy that a plain name stands for."""
+    scorer, _, dealing = name.rpartition("-")
+    if scorer and dealing in get_args(Dealing):
+        return {"name": name, "scorer": scorer, "dealing": dealing}
+    return {"name": name, "scorer": name, "dealing": "equal" if name in CONTROLS else "global"}
 
 
 def parse_grid(given: object, where: str, *, quick: bool = False) -> Grid:

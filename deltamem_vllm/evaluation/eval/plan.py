@@ -13,7 +13,7 @@ from deltamem_vllm.evaluation.eval.encode import Encoded, Encoder, Setting, alig
 from deltamem_vllm.evaluation.eval.engine import Request
 from deltamem_vllm.evaluation.eval.grid import FP8, FP8_BUDGET, FULL, Grid
 from deltamem_vllm.evaluation.tasks import TASKS, Sample, make_sample
-from deltamem_vllm.request_options import KEEP_RATIO, POLICY, SCORER
+from deltamem_vllm.request_options import DEALING, KEEP_RATIO, POLICY, SCORER
 
 # An engine that could not hold the forced text of a sample would preempt; the longest is a generation or two answers.
 _FORCED_ROOM = 512
@@ -49,7 +49,7 @@ def engine_specs(grid: Grid) -> list[EngineSpec]:
     for number, (config, members) in enumerate(by_config.values()):
         scorers = list(dict.fromkeys(policy.scorer for policy in members))
         points = [
-            (policy.name, budget, {KEEP_RATIO: budget, SCORER: policy.scorer})
+            (policy.name, budget, {KEEP_RATIO: budget, SCORER: policy.scorer, DEALING: policy.dealing})
             for policy in members
             for budget in grid.budgets
         ]
