@@ -17,11 +17,13 @@ from annotated_types import Ge, Gt, Le, Lt
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 from pydantic_core import ErrorDetails
 
+AUTO = "auto"
+
 CONFIG_KEY = "deltamem"
 """Key of vLLM's ``additional_config`` that holds the policy's configuration."""
 
 _IN_WORDS = {
-    "scorer": "an installed scorer",
+    "scorer": "'auto' or an installed scorer",
     "request_scorers": "installed scorers",
     "calibration": "'auto', 'none' or a path",
 }
@@ -89,8 +91,10 @@ class DeltaMemConfig(BaseModel):
     interval: int = Field(default=128, ge=1)
     """Tokens a request may grow beyond its budget while decoding before it is compacted again."""
 
-    scorer: str = Field(default="tova", min_length=1)
-    """Which tokens matter: the name of a scorer. `deltamem scorers` lists the installed ones."""
+    scorer: str = Field(default="auto", min_length=1)
+    """Which tokens matter: the name of a scorer; `deltamem scorers` lists the installed ones. `auto` takes `tova` where
+    a calibration says what heads deserve or all get the same, and `distinct`, whose scores say so, where there is
+    none."""
 
     request_scorers: list[str] = []
     """Further scorers that a request may name as `deltamem_scorer` instead of the server's."""
@@ -174,9 +178,22 @@ class DeltaMemConfig(BaseModel):
         """The fully resolved configuration as plain JSON values, defaults included."""
         return self.model_dump(mode="json")
 
+    def resolved(self, calibration: str | None) -> DeltaMemConfig:
+        """The configuration of a server that has looked for a calibration.
+
+        Parameters
+        ----------
+        calibration
+            Folder of the one that was found; None if there is none.
+        """
+        scorer = self.scorer
+        if scorer == AUTO:
+            scorer = "distinct" if calibration is None and self.dealing != "equal" else "tova"
+        return self.model_copy(update={"calibration": calibration or "none", "scorer": scorer})
+
     @property
     def scorers(self) -> tuple[str, ...]:
-        """Every scorer that may be used, the server's own first."""
+        """Every scorer that may be used, the server's own first. `auto` is not resolved yet before a server starts."""
         return tuple(dict.fromkeys((self.scorer, *self.request_scorers)))
 
     def check_scorers(self, available: Iterable[str] | None = None) -> None:
@@ -190,7 +207,7 @@ class DeltaMemConfig(BaseModel):
             available = available_scorers()
         names = sorted(available)
         for scorer in self.scorers:
-            if scorer not in names:
+            if scorer not in names and not (scorer == AUTO and scorer == self.scorer):
                 raise ConfigError(
                     f"deltamem config: unknown scorer {scorer!r}{_nearest(scorer, names)}; "
                     f"available: {', '.join(names)}. `deltamem scorers` describes them; packages add theirs "

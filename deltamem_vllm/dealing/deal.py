@@ -162,41 +162,84 @@ def survivors(order: Tensor, pages: Tensor, block_size: int) -> Tensor:
     return torch.empty_like(order, dtype=torch.bool).scatter_(2, order, kept)
 
 
-def curve(utility: Tensor, floor: int) -> tuple[tuple[int, ...], tuple[float, ...]]:
-    """The share of utility that is retained when a request keeps more and more blocks.
+def page_mass(scores: Tensor, lengths: Tensor, order: Tensor, block_size: int, sink: int, recent: int) -> Tensor:
+    """What each page holds of the scores of its pair: how much of this request's content is where.
+
+    Unlike utility it compares nothing across pairs, so it means something for every scorer. Protected tokens are left
+    out: they stay in any case, and sinks hold most of what attention scores see.
+
+    Parameters
+    ----------
+    scores: ``[L, H, N]`` float. Where a pair has negative ones, they are counted from its lowest.
+    lengths: ``[L, H]`` int64, resident tokens of each pair.
+    order: ``[L, H, N]`` int64 as of :class:`RankedPages`.
+    block_size, sink, recent: as in :func:`page_utilities`.
+
+    Returns
+    -------
+    ``[L, H, P]`` float32: the share of the pair's mass in each page of ``order``; 0 for pages that do not exist. What
+    is left of a pair after its last whole page is missing from its sum.
+    """
+    index = torch.arange(scores.shape[2], device=scores.device)
+    ends = lengths.unsqueeze(2)
+    free = (index >= sink) & (index < ends - recent)
+    worth = scores.float().nan_to_num(nan=0.0).clamp_(-_LARGEST_SCORE, _LARGEST_SCORE)
+    lowest = worth.masked_fill(~free, float("inf")).amin(2, keepdim=True).clamp_(max=0.0)
+    worth = (worth - lowest).masked_fill_(~free, 0.0).double()
+    total = worth.sum(2, keepdim=True)
+    # Where all is worth nothing, one token is as good as another.
+    worth = torch.where(total > 0, worth / total, free / free.sum(2, keepdim=True).clamp(min=1))
+    pages = scores.shape[2] // block_size
+    ranked = worth.gather(2, order[:, :, : pages * block_size])
+    return ranked.unflatten(2, (pages, block_size)).sum(3).float()
+
+
+def curve(utility: Tensor, floor: int, mass: Tensor | None = None) -> tuple[tuple[int, ...], tuple[float, ...]]:
+    """The share of a request that is retained when it keeps more and more blocks.
 
     Waits for the device: the result is numbers on the host.
 
     Parameters
     ----------
-    utility: ``[L, H, P]`` float; -inf for pages that do not exist. Negative pages count as worth nothing.
+    utility: ``[L, H, P]`` float; -inf for pages that do not exist. Says in which order pages are dealt.
     floor: pages that every pair gets before the others are dealt; also the first point.
+    mass: ``[L, H, P]`` float >= 0: what is lost with each page. The utility itself where None; negative utilities then
+        count as 0.
 
     Returns
     -------
     blocks: at most 64 ascending block counts from ``floor`` to all there are, closer together where few are kept.
-    mass: the share of all utility that :func:`deal` retains with that many blocks; never decreases, the last is 1.0.
-        If no page is worth anything, the share of the blocks.
+    mass: the share of all mass that :func:`deal` retains with that many blocks; never decreases, the last is 1.0.
+        If no page has any, the share of the blocks.
 
     Raises
     ------
-    ValueError: not a utility, or not every pair has ``floor`` whole pages.
+    ValueError: not a utility, a mass of another shape, or not every pair has ``floor`` whole pages.
     """
     _check_utility(utility)
     layers, heads, count = utility.shape
     if not 0 <= floor <= count:
         raise ValueError(f"floor must lie between 0 and the {count} pages of a pair, got {floor}")
+    if mass is not None and mass.shape != utility.shape:
+        raise ValueError(f"mass must be {tuple(utility.shape)} like the utility, got {tuple(mass.shape)}")
     _check_supply(utility, floor, floor)
     pairs = layers * heads
-    last = -(-int((utility != float("-inf")).sum()) // pairs)
-    worth = utility.double().nan_to_num(nan=0.0, posinf=_LARGEST_SCORE).clamp_(min=0.0)
-    always = worth[:, :, :floor].sum()
-    rest = worth[:, :, floor:].cummin(2).values.flatten().sort(descending=True).values[: (last - floor) * pairs]
-    mass: list[float] = torch.cat([always.view(1), rest.view(last - floor, pairs).sum(1)]).cumsum(0).tolist()
+    exists = utility != float("-inf")
+    last = -(-int(exists.sum()) // pairs)
+    worth = utility.double().nan_to_num(nan=0.0, posinf=_LARGEST_SCORE, neginf=-_LARGEST_SCORE)
+    # A page is dealt after all earlier ones of its pair, and those below the floor before all others.
+    worth = torch.cat([worth[:, :, :floor], worth[:, :, floor:].cummin(2).values], dim=2)
+    lost = worth.clamp(min=0.0) if mass is None else mass.double().clamp(min=0.0)
+    lost = lost.masked_fill(~exists, 0.0)
+    always = lost[:, :, :floor].sum()
+    dealt = worth[:, :, floor:].masked_fill(~exists[:, :, floor:], float("-inf")).flatten()
+    best_first = dealt.sort(descending=True, stable=True).indices[: (last - floor) * pairs]
+    rest = lost[:, :, floor:].flatten()[best_first]
+    retained: list[float] = torch.cat([always.view(1), rest.view(last - floor, pairs).sum(1)]).cumsum(0).tolist()
     blocks = _sampled(floor, last)
-    if mass[-1] <= 0.0:
-        mass = [float(m) for m in range(floor, last)] + [max(1.0, last)]
-    return tuple(blocks), (*(min(1.0, mass[m - floor] / mass[-1]) for m in blocks[:-1]), 1.0)
+    if retained[-1] <= 0.0:
+        retained = [float(m) for m in range(floor, last)] + [max(1.0, last)]
+    return tuple(blocks), (*(min(1.0, retained[m - floor] / retained[-1]) for m in blocks[:-1]), 1.0)
 
 
 def _sampled(first: int, last: int) -> list[int]:

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from deltamem_vllm.dealing.deal import RankedPages, curve, deal, page_utilities, survivors
+from deltamem_vllm.dealing.deal import RankedPages, curve, deal, page_mass, page_utilities, survivors
 from deltamem_vllm.dealing.prior import HeadPrior, combine
 from deltamem_vllm.dealing.redundancy import discount_repeats
 from deltamem_vllm.dealing.tables import PageTables
@@ -35,12 +35,17 @@ class Valued:
     pages: ``[L, H, W]`` int32 page numbers in token order.
     ranked: tokens of each pair, best first, in whole pages.
     utility: ``[L, H, P]`` float32, of those pages, comparable across pairs.
+    weight: ``[L, H]`` what a pair is worth as a whole; None where all pairs are alike.
+    scores, lengths: ``[L, H, N]`` as the scorer gave them, ``[L, H]`` tokens of each pair.
     floor: pages that every pair gets.
     """
 
     pages: Tensor
     ranked: RankedPages
     utility: Tensor
+    weight: Tensor | None
+    scores: Tensor
+    lengths: Tensor
     floor: int
 
 
@@ -101,10 +106,18 @@ class Dealer:
 
     @torch.inference_mode()
     def probe(self, probe: Probe, scorer: Scorer) -> UtilityCurve:
-        """What the request would retain with fewer and fewer blocks. Reads a few numbers back from the device."""
+        """What the request would retain with fewer and fewer blocks. Reads a few numbers back from the device.
+
+        The order in which pages are given up is that of dealing. What is lost with a page is its share of what the
+        scorer sees in its pair, weighted with what the pair is worth: so an easy prompt, in which few tokens have most
+        of the mass, has a steeper curve than a dense one, also where a calibration alone decides the pages.
+        """
         valued = self._value(probe, probe.source_blocks, probe.resident_len, scorer)
-        blocks, mass = curve(valued.utility, valued.floor)
-        return UtilityCurve(blocks, mass)
+        size, sink, recent = self.tables.pool.block_size, probe.sink_tokens, probe.recent_tokens
+        mass = page_mass(valued.scores, valued.lengths, valued.ranked.order, size, sink, recent)
+        if valued.weight is not None:
+            mass = mass * valued.weight.unsqueeze(2)
+        return UtilityCurve(*curve(valued.utility, valued.floor, mass))
 
     def _value(self, request: CompactionPlan | Probe, blocks: Sequence[int], resident: int, scorer: Scorer) -> Valued:
         began = time.perf_counter()
@@ -118,6 +131,8 @@ class Dealer:
         if self._prior is not None:
             count = ranked.utility.shape[2]
             prior = self._prior.pages(request.logical_len, pool.block_size, count, on_device)
+        source = prior if prior is not None else live
+        weight = None if source is None else source.clamp(min=0.0).sum(2)
         if live is None and prior is None:
             # Nothing says that one pair deserves more than another: all get the same.
             rank = torch.arange(ranked.utility.shape[2], 0, -1, device=pool.device, dtype=torch.float32)
@@ -125,7 +140,7 @@ class Dealer:
         utility = combine(live, prior)
         self.scoring_seconds += time.perf_counter() - began
         floor = max(cdiv(request.sink_tokens + request.recent_tokens, pool.block_size), 1)
-        return Valued(pages, ranked, utility, floor)
+        return Valued(pages, ranked, utility, weight, scores, on_device, floor)
 
     def _scores(self, request_id: str, pages: Tensor, lengths: Tensor, scorer: Scorer) -> Tensor:
         """Scores of every resident token, ``[L, H, N]``; N is the longest pair's length."""

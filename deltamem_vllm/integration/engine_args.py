@@ -105,7 +105,7 @@ def _finish(vllm_config: VllmConfig, config: DeltaMemConfig) -> None:
     refusals.check_supported(vllm_config)
     found = calibrations.find_calibration(vllm_config, config)
     # Every process uses what was found here, and requests are told when there is none.
-    config = config.model_copy(update={"calibration": str(found.folder) if found is not None else "none"})
+    config = config.resolved(str(found.folder) if found is not None else None)
     assert isinstance(vllm_config.additional_config, dict), "made by _prepare"
     vllm_config.additional_config[CONFIG_KEY] = config.to_json_dict()
     vllm_config.scheduler_config.scheduler_cls = scheduler_path(vllm_config)

@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from deltamem_vllm.dealing import reference
-from deltamem_vllm.dealing.deal import curve, deal, page_utilities, survivors
+from deltamem_vllm.dealing.deal import curve, deal, page_mass, page_utilities, survivors
 from deltamem_vllm.scoring.base import select_survivors
 
 INF, NAN = math.inf, math.nan
@@ -191,6 +191,41 @@ class TestCurve:
 
     def test_nothing_to_deal(self) -> None:
         assert curve(torch.full((1, 1, 3), -INF), 0) == ((0,), (1.0,))
+
+
+class TestMass:
+    def test_is_the_share_of_what_is_not_protected(self) -> None:
+        scores = [9.0, 5.0, 2.0, 1.0, 0.0, 7.0]
+        order = one_pair(scores, sink=1, recent=1).order
+        mass = page_mass(torch.tensor([[scores]]), torch.tensor([[6]]), order, 2, 1, 1)
+        # Page 0 holds the two protected tokens.
+        assert mass.flatten().tolist() == pytest.approx([0.0, 7 / 8, 1 / 8])
+
+    def test_negative_scores_count_from_the_lowest(self) -> None:
+        scores = torch.tensor([[[-1.0, -3.0, -2.0, -3.0]]])
+        order = page_utilities(scores, torch.tensor([[4]]), 2, 0, 0).order
+        assert page_mass(scores, torch.tensor([[4]]), order, 2, 0, 0).flatten().tolist() == pytest.approx([1.0, 0.0])
+
+    def test_a_pair_without_mass_spreads_it_evenly(self) -> None:
+        scores = torch.zeros(1, 1, 4)
+        order = page_utilities(scores, torch.tensor([[4]]), 2, 0, 0).order
+        assert page_mass(scores, torch.tensor([[4]]), order, 2, 0, 0).flatten().tolist() == [0.5, 0.5]
+
+    def test_what_stands_past_a_pairs_length_is_ignored(self) -> None:
+        scores = torch.tensor([[[1.0, 3.0, -INF, NAN]]])
+        order = page_utilities(scores, torch.tensor([[2]]), 2, 0, 0).order
+        assert page_mass(scores, torch.tensor([[2]]), order, 2, 0, 0).flatten().tolist() == [1.0, 0.0]
+
+    def test_a_dense_request_needs_more_blocks_than_an_easy_one(self) -> None:
+        utility = torch.arange(16, 0, -1).float().expand(2, 2, 16)  # the same for both: a calibration's
+        lengths = torch.full((2, 2), 64)
+        easy, dense = torch.rand(2, 2, 64) ** 12, torch.rand(2, 2, 64)
+        retained = []
+        for scores in (easy, dense):
+            order = page_utilities(scores, lengths, 4, 1, 3).order
+            retained.append(dict(zip(*curve(utility, 1, page_mass(scores, lengths, order, 4, 1, 3)), strict=True)))
+        assert all(retained[0][m] > retained[1][m] for m in range(2, 15))
+        assert retained[0][1] == retained[1][1] == 0.0, "the floor holds protected tokens only"
 
 
 RANKED = (torch.rand(2, 3, 16), torch.full((2, 3), 16))
