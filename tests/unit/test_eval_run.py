@@ -120,17 +120,32 @@ def test_grids_are_found_read_and_narrowed(tmp_path: Path) -> None:
 
 
 def test_policies_that_differ_in_more_than_the_scorer_get_engines_of_their_own() -> None:
-    wide = {"name": "tova-wide", "scorer": "tova", "config": {"window": 32}}
+    wide = {"name": "tova-wide", "scorer": "tova", "config": {"window": 32, "recent_tokens": 32}}
     specs = engine_specs(grid(policies=["tova", wide]))
     assert [spec.name for spec in specs] == ["policies-0", "policies-1", "fp8"]
     assert {policy for policy, _, _ in specs[0].points} == {"full", "tova", "streaming", "random"}
     assert specs[0].config is not None and specs[0].config["scorer"] == "tova"
     assert specs[0].config["request_scorers"] == ["streaming", "random"]
     assert specs[1].config is not None and specs[1].config["window"] == 32
-    assert specs[1].points[0] == ("tova-wide", 0.5, {"deltamem_keep_ratio": 0.5, "deltamem_scorer": "tova"})
+    options = {"deltamem_keep_ratio": 0.5, "deltamem_scorer": "tova", "deltamem_dealing": "global"}
+    assert specs[1].points[0] == ("tova-wide", 0.5, options)
     arguments = engine_args(grid(), "model", specs[2])
     assert arguments["kv_cache_dtype"] == "fp8"
     assert "additional_config" not in arguments
+
+
+def test_a_plain_name_may_say_how_pages_are_dealt() -> None:
+    found = {
+        one.name: (one.scorer, one.dealing) for one in grid(policies=["tova", "tova-equal", "random-profile"]).policies
+    }
+    assert found == {
+        "tova": ("tova", "global"),
+        "tova-equal": ("tova", "equal"),
+        "random-profile": ("random", "profile"),
+        "streaming": ("streaming", "equal"),
+        "random": ("random", "equal"),
+    }
+    assert grid().config_of(grid().policies[0])["mode"] == "always"
 
 
 # ---- encoding ---------------------------------------------------------------------------------------------
