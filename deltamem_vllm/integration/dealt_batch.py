@@ -81,6 +81,8 @@ class DealtBatch:
     def __init__(self, tables: PageTables, graphs: bool, max_seq_len: int) -> None:
         self.tables = tables
         self._graphs = graphs
+        # GPU backends keep scratch memory and schedules for the whole batch in their metadata: it is read as one.
+        self._can_split = not graphs and tables.pool.device.type == "cpu"
         self._max_seq_len = max_seq_len
         self._blocks = BlockLists()
         heads = tables.pool.heads
@@ -106,9 +108,9 @@ class DealtBatch:
             return
         counts = np.fromiter((output.num_scheduled_tokens[r] for r in request_ids), np.int64, len(request_ids))
         one_each = bool((counts == 1).all())
-        if self._graphs:
-            if not rows and not one_each:
-                return  # such a step is never a replay, and vLLM's own path serves it
+        if not rows and not one_each:
+            return  # such a step is never a replay, and vLLM's own path serves it
+        if not self._can_split:
             rows = list(range(len(request_ids)))
         self.tables.fill([(request_ids[i], self._blocks.of[request_ids[i]]) for i in rows])
         self.tables.clear_rows(len(rows))

@@ -72,6 +72,7 @@ class WorkerMemory:
         dealer: Dealer | None = None
         if config.dealing != "equal":
             _check_readable(layers)
+            _check_no_sinks(layers)
             tables = make_tables(vllm_config, PagePool(caches))
             self.dealt = DealtBatch(tables, has_graphs(vllm_config), vllm_config.model_config.max_model_len)
             _install_tables(vllm_config, caches)
@@ -209,6 +210,18 @@ def _check_readable(layers: list[Any]) -> None:
             f"dealt pages cannot be read by the attention implementation in use: found {', '.join(blind)}; supported "
             f"backends: {', '.join(READERS)}. Choose one with --attention-backend, or keep the same number of tokens "
             "in every head with --deltamem-config.dealing equal."
+        )
+
+
+def _check_no_sinks(layers: list[Any]) -> None:
+    """Learned sinks are numbered by query head; where every (request, kv head) is a sequence, all would get the first
+    heads'."""
+    found = sum(getattr(layer.impl, "sinks", None) is not None for layer in layers)
+    if found:
+        raise ValueError(
+            f"dealt pages cannot be read with learned attention sinks: found in {found} of {len(layers)} layers; "
+            "supported: attention without them. Keep the same number of tokens in every head with "
+            "--deltamem-config.dealing equal."
         )
 
 

@@ -135,10 +135,8 @@ def test_policies_that_differ_in_more_than_the_scorer_get_engines_of_their_own()
 
 
 def test_a_plain_name_may_say_how_pages_are_dealt() -> None:
-    found = {
-        one.name: (one.scorer, one.dealing) for one in grid(policies=["tova", "tova-equal", "random-profile"]).policies
-    }
-    assert found == {
+    policies = grid(policies=["tova", "tova-equal", "random-profile"]).policies
+    assert {one.name: (one.scorer, one.dealing) for one in policies} == {
         "tova": ("tova", "global"),
         "tova-equal": ("tova", "equal"),
         "random-profile": ("random", "profile"),
