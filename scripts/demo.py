@@ -62,7 +62,8 @@ def run(args: argparse.Namespace) -> bool:
     step(f"Model: {args.model}")
     model = resolve_model(args.model)
     question = make_question(TASK, INDEX, seed=SEED, length=PROMPT_TOKENS, count_tokens=message_counter(model))
-    config = {"keep_ratio": args.keep_ratio, "scorer": args.scorer}
+    # One request in an empty pool: nothing would force an eviction.
+    config = {"mode": "always", "keep_ratio": args.keep_ratio, "scorer": args.scorer}
     why = WHY if args.scorer == SCORER else ""
     step(f"Server: vllm serve {args.model} --kv-cache-policy deltamem --deltamem-config '{json.dumps(config)}'")
     print(f"   keeps {100 * args.keep_ratio:g}% of each prompt's tokens; scorer {args.scorer} says which{why}")

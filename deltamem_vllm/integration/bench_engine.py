@@ -7,7 +7,8 @@ HTTP. One JSON object a line comes in on stdin and goes out on the stdout it was
 
     in   {"engine_args": {...}, "stepwise": false}         first line
     out  {"ready": {...}}
-    in   {"prompts": [[...]], "output_tokens": n, "options": {...}, "one_by_one": false}
+    in   {"prompts": [[...]], "output_tokens": n, "options": {...}, "one_by_one": false,
+          "outputs": false}
     out  {"result": {...}}, fields as in evaluation.bench.engine.Result
     in   {}
     out  {"cpu_s": seconds}
@@ -37,6 +38,8 @@ from deltamem_vllm.integration.parent_pipe import ParentPipe
 
 # The stats of the last step arrive with its tokens; this only bounds the wait if they never do.
 _SETTLE_S = 10.0
+# From the frontend's books to its socket. The order of what goes through that is kept.
+_HANDED_OVER_S = 0.05
 
 
 class Engine:
@@ -55,7 +58,7 @@ class Engine:
         return self._recorders[-1]
 
     async def run(
-        self, prompts: list[list[int]], output_tokens: int, options: dict[str, Any], one_by_one: bool
+        self, prompts: list[list[int]], output_tokens: int, options: dict[str, Any], one_by_one: bool, outputs: bool
     ) -> dict[str, Any]:
         """Serve the prompts and say what happened; see `evaluation.bench.engine.Result`."""
         (recorder,) = self._recorders
@@ -67,12 +70,19 @@ class Engine:
             detokenize=False,
             output_kind=RequestOutputKind.DELTA,
             extra_args=options or None,
+            logprobs=0 if outputs else None,  # those of the chosen tokens alone
         )
+        held = outputs and not one_by_one
+        if held:
+            await self._llm.pause_generation(mode="keep", clear_cache=False)
         cpu_began, began = cpu_seconds(), time.perf_counter()
         if one_by_one:
             requests = [await self._serve(prompt, params, began) for prompt in prompts]
         else:
-            requests = await asyncio.gather(*(self._serve(prompt, params, began) for prompt in prompts))
+            serving = asyncio.gather(*(self._serve(prompt, params, began) for prompt in prompts))
+            if held:
+                await self._resume_with(len(prompts))
+            requests = await serving
         wall = time.perf_counter() - began
         cpu = cpu_seconds() - cpu_began
         deadline = time.perf_counter() + _SETTLE_S
@@ -93,16 +103,30 @@ class Engine:
             "policy": dict(steps.policy),
         }
 
+    async def _resume_with(self, count: int) -> None:
+        """Let a paused engine go on once so many requests have been handed to it."""
+        while len(self._llm.output_processor.request_states) < count:
+            await asyncio.sleep(0.005)
+        await asyncio.sleep(_HANDED_OVER_S)
+        await self._llm.resume_generation()
+
     async def _serve(self, prompt: list[int], params: SamplingParams, began: float) -> dict[str, Any]:
         self._count += 1
         sent = time.perf_counter()
         arrivals: list[tuple[float, int]] = []
         tokens = cached = 0
+        said: dict[str, list[Any]] = {"token_ids": [], "logprobs": []}
         stream = self._llm.generate(TokensPrompt(prompt_token_ids=prompt), params, str(self._count))
         async for output in stream:
             tokens += len(output.outputs[0].token_ids)
             arrivals.append((time.perf_counter() - began, tokens))
             cached = output.num_cached_tokens or 0
+            newest = output.outputs[0]
+            if newest.logprobs is not None:
+                said["token_ids"] += newest.token_ids
+                for at, token in zip(newest.logprobs, newest.token_ids, strict=True):
+                    assert at is not None, "asked for"
+                    said["logprobs"].append(at[token].logprob)
         return {
             "first_token_s": arrivals[0][0] - (sent - began),
             # A request of two tokens: how long the second one took is the stall of a compaction.
@@ -110,6 +134,7 @@ class Engine:
             "arrivals": arrivals,
             "output_tokens": tokens,
             "cached_tokens": cached,
+            "outputs": said if params.logprobs is not None else None,
         }
 
     def close(self) -> None:

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 from collections import Counter
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import psutil  # type: ignore[import-untyped]  # a dependency of vLLM
@@ -70,6 +71,10 @@ class Recorder(StatLoggerBase):
 def engine_facts(config: VllmConfig, start_s: float) -> dict[str, Any]:
     """Versions and the settings that decide how fast an engine is and how much it holds."""
     additional = config.additional_config
+    policy = additional.get(CONFIG_KEY) if isinstance(additional, dict) else None
+    if policy is not None and "calibration" in policy:
+        # Found ones are named by their place on this machine, which is nobody's business in a report.
+        policy = {**policy, "calibration": Path(policy["calibration"]).name}
     return {
         "vllm": vllm_version,
         "torch": torch.__version__,
@@ -82,7 +87,7 @@ def engine_facts(config: VllmConfig, start_s: float) -> dict[str, Any]:
         "max_num_batched_tokens": config.scheduler_config.max_num_batched_tokens,
         "prefix_caching": config.cache_config.enable_prefix_caching,
         "compilation": config.compilation_config.mode.name,
-        "policy": additional.get(CONFIG_KEY) if isinstance(additional, dict) else None,
+        "policy": policy,
         "start_s": start_s,
     }
 

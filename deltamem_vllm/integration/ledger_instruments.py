@@ -23,6 +23,20 @@ INSTRUMENTS: tuple[Patch, ...] = (
         "self",
     ),
     Patch(
+        "vllm.v1.engine.async_llm:AsyncLLM.pause_generation",
+        "used",
+        "bench holds requests back until all are queued, so that two engines make the same batches",
+        _STEPS,
+        "self, mode, clear_cache",
+    ),
+    Patch(
+        "vllm.v1.engine.async_llm:AsyncLLM.resume_generation",
+        "used",
+        "bench lets them go together",
+        _STEPS,
+        "self",
+    ),
+    Patch(
         "vllm.v1.sample.logits_processor:LogitsProcessor.update_state",
         "subclassed",
         "eval follows requests through the batch to find each one's script",

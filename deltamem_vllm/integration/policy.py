@@ -181,7 +181,9 @@ class Policy:
         pool = Pool(pool.blocks, pool.used, pool.needed, self._blocks_waited_for([r for r, _ in queue], free, holdings))
         if pool.above(self._rule.low_watermark) <= 0:
             return
-        blind = [r for r in decoding if self._wants_curve(r)]
+        # Nobody asks what cannot be taken is worth.
+        giving = {h.request_id for h in holdings if h.held > max(h.floor, h.fixed)}
+        blind = [r for r in decoding if r.request_id in giving and self._wants_curve(r)]
         unseen = any(self.governed[r.request_id].asked_at is None for r in blind)
         for request in blind:
             self._probe(request, work)

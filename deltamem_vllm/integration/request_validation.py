@@ -20,7 +20,7 @@ from deltamem_vllm.config import DeltaMemConfig, is_active
 from deltamem_vllm.integration import ledger
 from deltamem_vllm.memory.admission import peak_blocks
 from deltamem_vllm.memory.budgets import budget_for
-from deltamem_vllm.request_options import KEEP_RATIO, POLICY, RequestOptionError, RequestOptions, own_args
+from deltamem_vllm.request_options import KEEP_RATIO, KEEP_TOKENS, POLICY, RequestOptionError, RequestOptions, own_args
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
@@ -81,15 +81,18 @@ def check_request(vllm_config: VllmConfig, params: Any, prompt_len: int | None =
         _refuse("streaming_session", f"streaming input sessions are not served with eviction; {keep_all}")
     if prompt_len is None:
         return
-    evictable = options.enabled and options.keep_ratio < 1 and prompt_len >= options.min_tokens
-    if params.prompt_logprobs is not None and evictable:
-        # Tokens may be evicted between two chunks of the prompt, and then later ones see less context.
-        _refuse(
-            "prompt_logprobs",
-            f"prompt_logprobs of an evictable prompt ({prompt_len} tokens) may differ from the model's own; "
-            f"allowed for prompts shorter than min_tokens={options.min_tokens}; {keep_all}",
-            "prompt_logprobs",
-        )
+    budget = budget_for(options, config)
+    if params.prompt_logprobs is not None and budget is not None:
+        least = budget.least_tokens(prompt_len, vllm_config.cache_config.block_size)
+        if least < prompt_len:
+            # In either mode tokens may be evicted between two chunks of the prompt, and later ones then see less
+            # context.
+            _refuse(
+                "prompt_logprobs",
+                f"prompt_logprobs of a prompt of {prompt_len} tokens, of which only {least} are sure to stay "
+                f"({_budget_in_words(options)}), may differ from the model's own; {keep_all}",
+                "prompt_logprobs",
+            )
     if params.max_tokens is not None:
         check_fits(options, prompt_len, params.max_tokens, vllm_config)
 
@@ -117,11 +120,18 @@ def check_fits(options: RequestOptions, prompt_len: int, max_tokens: int, vllm_c
         _refuse(
             "does_not_fit",
             f"prompt of {prompt_len} tokens with max_tokens={max_tokens} needs up to {need} KV-cache blocks "
-            f"at once (policy {'on' if options.enabled else 'off'}, keep_ratio={options.keep_ratio}), the "
-            f"pool has {pool}; shorten the prompt, lower max_tokens or {KEEP_RATIO}, or give the server "
-            "more KV memory",
+            f"at once (policy {_budget_in_words(options)}), the pool has {pool}; shorten the prompt, lower "
+            f"max_tokens or {KEEP_RATIO if options.keep_tokens is None else KEEP_TOKENS}, or give the server more "
+            "KV memory",
             "max_tokens",
         )
+
+
+def _budget_in_words(options: RequestOptions) -> str:
+    if not options.enabled:
+        return "off"
+    kept = f"keep_ratio={options.keep_ratio}" if options.keep_tokens is None else f"keep_tokens={options.keep_tokens}"
+    return f"on, {kept}, min_tokens={options.min_tokens}"
 
 
 def _refuse(reason: str, message: str, parameter: str | None = None, value: object = None) -> NoReturn:

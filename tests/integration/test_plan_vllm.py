@@ -34,11 +34,14 @@ from deltamem_vllm.evaluation.plan.memory import (
     BLOCK_SIZE,
     GPU_MEMORY_UTILIZATION,
     Serving,
+    captured_sizes,
     default_batch,
+    table_bytes,
     window_bytes,
 )
 from deltamem_vllm.evaluation.plan.planner import choose_contexts, make_plan, make_question, make_treatments
-from deltamem_vllm.integration.scheduler import MAX_RESERVE_SHARE as SCHEDULERS_SHARE
+from deltamem_vllm.integration import worker
+from deltamem_vllm.integration.policy import MAX_RESERVE_SHARE as POLICYS_SHARE
 from deltamem_vllm.integration.spec import DeltaMemSpec
 from deltamem_vllm.integration.worker import window_bytes as workers_window_bytes
 from deltamem_vllm.plugin import register
@@ -54,7 +57,7 @@ MODELS = ("SmolLM2-135M", "Llama-3.3-70B", "Mistral-7B-v0.3", "Qwen2.5-7B")
 def test_defaults_are_vllms() -> None:
     assert EngineArgs.gpu_memory_utilization == GPU_MEMORY_UTILIZATION
     assert BLOCK_SIZE == VllmConfig().cache_config.DEFAULT_BLOCK_SIZE
-    assert MAX_RESERVE_SHARE == SCHEDULERS_SHARE
+    assert MAX_RESERVE_SHARE == POLICYS_SHARE
 
 
 @pytest.mark.parametrize("name", list(known_devices()))
@@ -156,7 +159,9 @@ def test_pool_and_lengths_are_vllms(name: str, tmp_path: Path) -> None:
 
         # The longest --max-model-len for which vLLM starts, found by vLLM; it keeps the null block out as we do.
         config.model_config.max_model_len = geometry.max_positions
-        longest = longest_context(pool, treatment, geometry.max_positions, config.max_in_flight_tokens)
+        longest = longest_context(
+            lambda _, pool=pool: pool, treatment, geometry.max_positions, config.max_in_flight_tokens
+        )
         assert longest == estimate_max_model_len(config, specs, available - token * block_size)
 
 
@@ -173,6 +178,20 @@ def test_parts_of_ranks_are_vllms(name: str, ranks: int, tmp_path: Path) -> None
     assert window_bytes(geometry, find_device("h100", None), serving, DeltaMemConfig().window) == workers_window_bytes(
         config
     )
+
+
+@pytest.mark.parametrize(("name", "ranks"), [("Llama-3.1-8B", 1), ("Llama-3.3-70B", 8), ("Qwen2.5-7B", 4)])
+def test_page_tables_are_the_workers(name: str, ranks: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    geometry, card = load_geometry(name), find_device("h100", None)
+    serving = Serving(ranks=ranks, max_num_seqs=32)
+    config = vllm_config(tmp_path, name, ranks)
+    # As on a GPU: graphs, for the sizes that vLLM captures there.
+    monkeypatch.setattr(worker, "has_graphs", lambda config: True)
+    monkeypatch.setattr(config.compilation_config, "cudagraph_capture_sizes", captured_sizes(card, serving))
+    assert table_bytes(geometry, card, serving, 4096) == worker.table_bytes(config)
+    assert worker.batch_limits(config)[0] == 64, "more than the slots: padding for graphs counts"
+    config.additional_config["deltamem"] = {"dealing": "equal"}
+    assert worker.table_bytes(config) == 0
 
 
 # ---- engines -------------------------------------------------------------------------------------------------------

@@ -25,7 +25,14 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from deltamem_vllm.telemetry import METRICS
 
-CONFIG = {"keep_ratio": 0.25, "min_tokens": 64, "recent_tokens": 32, "window": 16, "interval": 64}
+CONFIG = {
+    "mode": "always",
+    "keep_ratio": 0.25,
+    "min_tokens": 64,
+    "recent_tokens": 32,
+    "window": 16,
+    "interval": 64,
+}
 START_S = 400  # on a machine that others use too
 Series = dict[str, dict[frozenset[tuple[str, str]], float]]
 

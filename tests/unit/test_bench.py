@@ -144,7 +144,11 @@ def test_pressure_has_the_shape_its_targets_are_about() -> None:
     assert scenario.traffic.requests == 24
     assert {str(target) for target in scenario.targets} == {">= 3", ">= 2"}
     assert engine_args(scenario, "m", None).get("additional_config") is None
-    assert scenario.policy == {}, "the defaults are what is measured"
+    assert scenario.policy == {"mode": "always"}, "otherwise the defaults are what is measured"
+    default = load_scenario(CONFIGS / "pressure-mode.yaml")
+    assert isinstance(default, ThroughputScenario)
+    assert (default.traffic, default.pool_blocks) == (scenario.traffic, scenario.pool_blocks)
+    assert default.policy == {"mode": "pressure"}
 
 
 def test_quick_changes_only_what_it_names() -> None:
@@ -160,7 +164,7 @@ def test_quick_changes_only_what_it_names() -> None:
     [
         ([1], ["x.yaml", "mapping", "list"]),
         ({}, ["kind"]),
-        (changed(THROUGHPUT, kind="speed"), ["'throughput', 'capacity', 'latency', 'serving', 'compaction'"]),
+        (changed(THROUGHPUT, kind="speed"), ["'serving', 'compaction', 'unbounded', 'conversation'"]),
         (changed(THROUGHPUT, requests=3), ["requests", "Extra inputs"]),
         (changed(THROUGHPUT, repeats=0), ["repeats", "greater than 0", "got 0"]),
         (changed(THROUGHPUT, policy={"keep_rate": 0.1}), ["keep_rate", "keep_ratio"]),
@@ -184,10 +188,12 @@ def test_scenario_errors_say_what_and_where(document: object, words: list[str]) 
 
 def test_a_bare_quick_run_takes_minutes_and_leaves_the_long_ones_out() -> None:
     quick, full = suite(CONFIGS, quick=True), suite(CONFIGS, quick=False)
-    assert {one.name for one in full} - {one.name for one in quick} == {"roomy", "long-context"}
-    assert {one.kind for one in quick} == {"throughput", "capacity", "latency", "serving", "compaction"}
+    assert {one.name for one in full} - {one.name for one in quick} == {
+        *("roomy", "long-context", "pressure-mode", "roomy-pressure", "decode-6k", "dealing"),
+    }
+    assert {one.kind for one in quick} == {one.kind for one in full}
     assert all(one.minutes is not None for one in full), "every file says how long it takes"
-    assert sum(one.minutes.quick for one in quick if one.minutes) <= 13
+    assert sum(one.minutes.quick for one in quick if one.minutes) <= 15
 
 
 def test_an_installation_without_scenarios_says_what_to_do(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -208,7 +214,7 @@ def test_scenarios_are_found_by_name_and_by_path(tmp_path: Path) -> None:
     own.write_text(yaml.safe_dump(THROUGHPUT))
     assert find_scenario("idle", CONFIGS) == CONFIGS / "idle.yaml"
     assert find_scenario(str(own), CONFIGS) == own
-    with pytest.raises(ScenarioError, match="no scenario 'idel'; available: capacity, .*, serving"):
+    with pytest.raises(ScenarioError, match="no scenario 'idel'; available: capacity, .*, serving, unbounded"):
         find_scenario("idel", CONFIGS)
 
 
@@ -373,12 +379,13 @@ def test_command_lists_scenarios_and_names_what_is_wrong() -> None:
     listed = CliRunner().invoke(app, ["bench", "--list"])
     assert listed.exit_code == 0
     assert [line.split()[0] for line in listed.stdout.splitlines()] == [
-        *("capacity", "compaction", "idle", "latency", "long-context", "pressure", "roomy", "serving"),
+        *("capacity", "compaction", "conversation", "dealing", "decode-6k", "idle", "latency", "long-context"),
+        *("pressure-mode", "pressure", "roomy-pressure", "roomy", "serving", "unbounded"),
         "in",
     ]
     wrong = CliRunner().invoke(app, ["bench", "idel"])
     assert wrong.exit_code == 1
-    assert "no scenario 'idel'; available: capacity, compaction, idle, latency, long-context, pressure" in wrong.output
+    assert "no scenario 'idel'; available: capacity, compaction, conversation, dealing, decode-6k, idle" in wrong.output
 
 
 def test_an_engine_that_dies_shows_the_end_of_its_log(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -395,9 +402,10 @@ def test_throughput_and_compaction_on_real_engines(tmp_path: Path) -> None:
             THROUGHPUT,
             repeats=1,
             traffic={"requests": 4, "prompt_tokens": 300, "output_tokens": 8},
+            policy={"mode": "always"},
             targets=[{"measure": "max_running", "at_least": 1}],
         ),
-        changed(COMPACTION, repeats=1, prompt_lengths=[320], scorers=["streaming"]),
+        changed(COMPACTION, repeats=1, prompt_lengths=[320], scorers=["streaming"], policy={"mode": "always"}),
     ]
     for document in documents:
         (tmp_path / f"{document['name']}.yaml").write_text(yaml.safe_dump(document))

@@ -33,6 +33,7 @@ CAPACITY = {
     "output_tokens": 32,
     "pool_tokens": 330,
     "engine": {"max_num_seqs": 8},
+    "policy": {"mode": "always"},
     "repeats": 2,
     "targets": [{"measure": "requests_held", "at_least": 3}],
 }
@@ -43,6 +44,7 @@ LATENCY = {
     "prompt_lengths": [300, 600],
     "batch_sizes": [1, 2],
     "decode_tokens": 4,
+    "policy": {"mode": "always"},
     "repeats": 2,
     "targets": [{"measure": "per_token_s", "at_most": 1}],
 }
@@ -53,6 +55,7 @@ SERVING = {
     "pool_requests": 2,
     "traffic": {"requests": 4, "prompt_tokens": 300, "output_tokens": 16},
     "max_concurrency": 3,
+    "policy": {"mode": "always"},
     "repeats": 2,
     "targets": [{"measure": "p99_ttft_ms", "at_most": 1}],
 }

@@ -111,7 +111,7 @@ def test_the_command_line_wins_over_yaml(tmp_path: Path, caplog: pytest.LogCaptu
         ([*ON, "--deltamem-config.keep_ration", "0.1"], "did you mean 'keep_ratio'"),
         ([*ON, "--additional-config.deltamem.keep_ration", "0.1"], "did you mean 'keep_ratio'"),
         ([*ON, "--deltamem-config.keep_ratio", "2"], "keep_ratio: got 2, allowed: float, > 0 and <= 1"),
-        ([*ON, "--deltamem-config.window", "64"], "recent_tokens=32 is smaller than window=64"),
+        ([*ON, "--deltamem-config.window", "64"], "recent_tokens=8 is smaller than window=64"),
         ([*ON, "--deltamem-config", "{"], "not JSON"),
         ([*ON, "--deltamem-config", "[1]"], "expected a JSON object"),
         (

@@ -31,7 +31,14 @@ from deltamem_vllm.evaluation.plan.catalog import GIB, find_device, find_known_m
 from deltamem_vllm.evaluation.plan.errors import PlanError
 from deltamem_vllm.evaluation.plan.formats import FORMATS
 from deltamem_vllm.evaluation.plan.geometry import Geometry, load_geometry
-from deltamem_vllm.evaluation.plan.memory import Serving, captured_sizes, default_batch, memory_of, window_bytes
+from deltamem_vllm.evaluation.plan.memory import (
+    Serving,
+    captured_sizes,
+    default_batch,
+    memory_of,
+    table_bytes,
+    window_bytes,
+)
 from deltamem_vllm.evaluation.plan.planner import (
     Plan,
     choose_contexts,
@@ -168,7 +175,7 @@ def test_pool_is_whole_blocks_less_the_null_block() -> None:
 @pytest.mark.parametrize("blocks", [2, 30, 90, 300])
 def test_longest_context_is_the_last_that_fits(treatment: Treatment, blocks: int) -> None:
     pool, chunk, limit = Pool(blocks, 16), 128, 20_000
-    longest = longest_context(pool, treatment, limit, chunk)
+    longest = longest_context(lambda _: pool, treatment, limit, chunk)
     fitting = [n for n in range(1, limit + 1) if needed_blocks(treatment.budget, n, 16, chunk) <= pool.usable]
     assert longest == max(fitting, default=0)
     assert len(fitting) == longest, "no gap below it"
@@ -187,8 +194,8 @@ def test_one_more_request_than_planned_would_not_fit(treatment: Treatment, conte
     pool, budget = Pool(2001, 16), treatment.budget
     assert budget is not None
     load = load_of(pool, treatment, context, 10_000, 4096)
-    dense, copy = cdiv(context, 16), cdiv(budget.target(context), 16)
-    rest = cdiv(budget.target(context) + budget.interval, 16)
+    dense, copy = cdiv(context, 16), int(budget.keep_ratio * context) // 16
+    rest = copy + budget.interval // 16
     assert resting_blocks(budget, context, 16) == rest
     peak = dense + min(copy, 250)
     assert (load.requests - 1) * rest + peak <= pool.usable < load.requests * rest + peak
@@ -203,6 +210,14 @@ def test_a_prompt_longer_than_the_pool_is_marked() -> None:
 
 def test_short_requests_are_left_alone() -> None:
     assert resting_blocks(TENTH.budget, 255, 16) == 16, "below min_tokens"
+
+
+def test_what_is_dealt_are_whole_blocks() -> None:
+    assert TENTH.dealt and not STOCK.dealt
+    # A tenth of 4096 tokens is 409.6: 25 blocks of 16 and not 26, and the 128 tokens of an interval.
+    assert resting_blocks(TENTH.budget, 4096, 16) == 25 + 8
+    (equal,) = make_treatments(DeltaMemConfig(dealing="equal"), (0.1,))[2:]
+    assert not equal.dealt and resting_blocks(equal.budget, 4096, 16) == cdiv(410 + 128, 16) == 34
 
 
 @pytest.mark.parametrize(("text", "tokens"), [("8192", 8192), ("8k", 8192), (" 32K ", 32768)])
@@ -224,8 +239,12 @@ def test_parts_of_the_card_add_up() -> None:
     serving = Serving(max_num_seqs=1024, batch_tokens=8192)
     memory = memory_of(geometry, card, geometry.weight_bytes(FORMATS["bf16"], 1), serving, window=8)
     assert memory.budget == int(card.total_bytes * 0.92)
+    assert memory.tables == 0, "nothing is dealt"
     parts = memory.weights + memory.activations + memory.graphs + memory.other + memory.window + memory.pool
     assert parts == memory.budget
+    dealt = memory_of(geometry, card, geometry.weight_bytes(FORMATS["bf16"], 1), serving, 8, dealt_context=4096)
+    # 256 blocks, one that is just being started, and two lengths: a number each, for 32 layers of 8 heads.
+    assert dealt.tables == 1024 * 32 * 8 * (256 + 1 + 2) * 4 == memory.pool - dealt.pool
     assert memory.weights == 2 * 8_030_261_248
     assert memory.window == (1024 * 8 + 1) * 32 * 128 * 2 * 32
     # vLLM's own log for this model and card, published: about 1.2 GiB for 1024 requests.
@@ -246,6 +265,15 @@ def test_rows_of_the_window_cover_padding_for_graphs() -> None:
     assert window_bytes(geometry, card, Serving(max_num_seqs=16), 8) == (32 * 8 + 1) * per_row
     assert window_bytes(geometry, card, Serving(max_num_seqs=16, eager=True), 8) == (16 * 8 + 1) * per_row
     assert window_bytes(geometry, card, Serving(max_num_seqs=16, ranks=2), 8) == (32 * 8 + 1) * per_row // 2
+
+
+def test_page_tables_follow_the_longest_request_and_the_ranks_heads() -> None:
+    geometry, card = geometry_of("Llama-3.1-8B"), find_device("rtx4090", None)
+    per_row = 32 * 8 * 4
+    assert table_bytes(geometry, card, Serving(max_num_seqs=16), 8192) == 32 * per_row * (512 + 3)
+    assert table_bytes(geometry, card, Serving(max_num_seqs=16), 8193) == 32 * per_row * (513 + 3)
+    assert table_bytes(geometry, card, Serving(max_num_seqs=16, ranks=2), 8192) == 32 * per_row * (512 + 3) // 2
+    assert table_bytes(geometry, card, Serving(max_num_seqs=16, eager=True), 8192) == 0, "grow as needed"
 
 
 def test_batch_defaults_follow_the_card() -> None:
@@ -272,6 +300,19 @@ def test_slots_are_those_that_hold_most_requests() -> None:
         assert row.loads[0].requests == max(one.loads[0].requests for one in fixed)
 
 
+def test_each_context_has_the_pool_that_its_page_tables_leave() -> None:
+    plan = make("Llama-3.1-8B", "h100", formats=("bf16",))
+    stock, tenth = plan.rows[0], plan.rows[-1]
+    assert len({load.pool for load in stock.loads}) == 1
+    blocks = [load.pool.blocks for load in tenth.loads]
+    assert blocks == sorted(blocks, reverse=True) and len(set(blocks)) == len(blocks)
+    assert tenth.pool == tenth.loads[0].pool
+    geometry, card = plan.question.geometry, plan.question.device
+    short, long = (table_bytes(geometry, card, tenth.serving, c) for c in (4096, 131072))
+    assert short == tenth.memory.tables
+    assert blocks[0] - blocks[-1] == pytest.approx((long - short) / (geometry.token_bytes(2, 1) * 16), abs=1)
+
+
 def test_70b_on_one_24_gb_card() -> None:
     plan = make("Llama-3.3-70B", "rtx4090")
     assert not any(plan.fits(form) for form in plan.question.formats), "not at 4k, in no format"
@@ -287,13 +328,12 @@ def test_offload_is_the_least_that_makes_a_request_fit() -> None:
     geometry, card = plan.question.geometry, plan.question.device
     for offload in plan.offloads:
         window = 8 if offload.treatment.budget else 0
-        memory = memory_of(geometry, card, geometry.weight_bytes(offload.form, 1), offload.serving, window)
+        dealt = offload.context if offload.treatment.dealt else 0
+        memory = memory_of(geometry, card, geometry.weight_bytes(offload.form, 1), offload.serving, window, dealt)
         token = geometry.token_bytes(offload.treatment.element_bytes, 1)
-        longest = [
-            longest_context(Pool.of(int(memory.pool + gib * GIB), token, 16), offload.treatment, 131072, 4096)
-            for gib in (offload.gib, offload.gib - 0.5)
-        ]
-        assert longest[1] < offload.context <= longest[0]
+        pools = [Pool.of(int(memory.pool + gib * GIB), token, 16) for gib in (offload.gib, offload.gib - 0.5)]
+        enough, less = ([load_of(pool, offload.treatment, offload.context, 1, 4096).requests] for pool in pools)
+        assert (enough, less) == ([1], [0])
     impossible = make("Llama-3.3-70B", "rtx4090", formats=("int4",), contexts=[131072]).offloads[0]
     assert impossible.treatment is STOCK and math.isinf(impossible.gib), "40 GiB of KV on a 24 GB card"
 

@@ -92,13 +92,35 @@ def test_a_server_without_the_policy_refuses_our_keys(config: VllmConfig, heard:
 def test_prompt_logprobs_only_where_nothing_is_evicted(config: VllmConfig, heard: list[str]) -> None:
     asking = SamplingParams(max_tokens=4, prompt_logprobs=1)
     check_request(config, asking, 63)
-    with pytest.raises(RequestRefused, match="shorter than min_tokens=64"):
+    with pytest.raises(RequestRefused, match="of 64 tokens, of which only 32 are sure to stay.*min_tokens=64"):
         check_request(config, asking, 64)
-    asking.extra_args = {"deltamem_policy": "off"}
-    check_request(config, asking, 64)
-    asking.extra_args = {"deltamem_keep_ratio": 1}
-    check_request(config, asking, 64)
+    for harmless in (
+        {"deltamem_policy": "off"},
+        {"deltamem_keep_ratio": 1},
+        {"deltamem_keep_tokens": 64},
+        {"deltamem_min_tokens": 65},
+    ):
+        asking.extra_args = harmless
+        check_request(config, asking, 64)
     assert heard == ["prompt_logprobs"]
+
+
+@pytest.mark.parametrize("mode", ["pressure", "always"])
+@pytest.mark.parametrize("dealing", ["global", "equal"])
+def test_prompt_logprobs_are_refused_where_keep_tokens_may_evict(config: VllmConfig, mode: str, dealing: str) -> None:
+    """A number of tokens counts, not the share beside it, whatever makes the eviction happen."""
+    asking = SamplingParams(max_tokens=4, prompt_logprobs=1)
+    asking.extra_args = {"deltamem_keep_tokens": 96, "deltamem_mode": mode, "deltamem_dealing": dealing}
+    check_request(config, asking, 96)
+    with pytest.raises(RequestRefused, match="only 96 are sure to stay .on, keep_tokens=96"):
+        check_request(config, asking, 97)
+
+
+def test_a_whole_share_does_not_allow_prompt_logprobs_beside_keep_tokens(config: VllmConfig) -> None:
+    server = copy.deepcopy(config)
+    server.additional_config = {"deltamem": {"keep_ratio": 1.0, "keep_tokens": 96, "min_tokens": 64}}
+    with pytest.raises(RequestRefused, match="keep_tokens=96"):
+        check_request(server, SamplingParams(max_tokens=4, prompt_logprobs=1), 200)
 
 
 def test_streaming_sessions_only_without_eviction(config: VllmConfig, heard: list[str]) -> None:

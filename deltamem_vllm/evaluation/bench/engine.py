@@ -20,6 +20,13 @@ from deltamem_vllm.evaluation.child import Child, ChildFailed
 _CHILD = "deltamem_vllm.integration.bench_engine"
 
 
+class Outputs(TypedDict):
+    """What a request said: token ids and the log-probability of each."""
+
+    token_ids: list[int]
+    logprobs: list[float]
+
+
 class RequestResult(TypedDict):
     """One served request.
 
@@ -32,6 +39,7 @@ class RequestResult(TypedDict):
     arrivals: list[tuple[float, int]]
     output_tokens: int
     cached_tokens: int
+    outputs: Outputs | None
 
 
 class Result(TypedDict):
@@ -114,6 +122,7 @@ class Engine:
         *,
         options: Mapping[str, Any] | None = None,
         one_by_one: bool = False,
+        outputs: bool = False,
     ) -> Result:
         """Serve prompts, each with exactly `output_tokens` tokens of output.
 
@@ -123,12 +132,16 @@ class Engine:
             What a client would put into `vllm_xargs`.
         one_by_one : bool
             Whether each request waits for the one before; otherwise all are sent at once.
+        outputs : bool
+            Whether to return what was said. Requests sent at once are then held back until all are in the queue, so
+            that steps do not depend on how fast they arrive: the same batches, the same rounding.
         """
         command = {
             "prompts": prompts,
             "output_tokens": output_tokens,
             "options": dict(options or {}),
             "one_by_one": one_by_one,
+            "outputs": outputs,
         }
         result: Result = self._child.ask(command, "result")
         served = [request["output_tokens"] for request in result["requests"]]

@@ -9,15 +9,17 @@
 | `latency` | time to first token and per further token against the length of the context, on either side |
 | `serving` | two real servers under the traffic of vLLM's own client |
 | `compaction` | compactions against prefills, in one engine per scorer |
+| `unbounded` | requests longer than the whole pool, one at a time |
+| `conversation` | two real servers and a chat that outgrows their pools, through the OpenAI client |
 """
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field, PositiveFloat, PositiveInt, model_validator
 
-from deltamem_vllm.evaluation.bench.settings import BaseScenario, Traffic, check_unique
+from deltamem_vllm.evaluation.bench.settings import BaseScenario, Strict, Traffic, check_unique
 
 Lengths = Annotated[tuple[PositiveInt, ...], Field(min_length=1)]
 
@@ -29,9 +31,24 @@ class ThroughputScenario(BaseScenario):
     traffic: Traffic
     pool_requests: PositiveInt
     """Whole requests that the KV pool holds."""
+    compare_outputs: bool = False
+    """Whether token ids and log-probabilities of both sides are compared, too. Every request is then in the queue
+    before the first step, so that both sides batch alike, and log-probabilities are asked for, which takes time."""
 
-    measures = ("output_tokens_per_s", "output_tokens_per_cpu_s", "max_running", "mean_running")
-    """Ratios deltamem / stock."""
+    counts: ClassVar[tuple[str, ...]] = ("preemptions", "compactions")
+    """Of deltamem."""
+    outputs: ClassVar[tuple[str, ...]] = ("same_tokens", "logprob_difference")
+    """Share of requests with the same token ids; largest difference of two log-probabilities of the same token in the
+    same context. Only with `compare_outputs`."""
+    measures = ("output_tokens_per_s", "output_tokens_per_cpu_s", "max_running", "mean_running", *counts, *outputs)
+    """The others are ratios deltamem / stock."""
+
+    @model_validator(mode="after")
+    def _compared(self) -> ThroughputScenario:
+        named = [target.measure for target in self.targets if target.measure in self.outputs]
+        if named and not self.compare_outputs:
+            raise ValueError(f"a target names {named[0]}, which needs compare_outputs: true")
+        return self
 
     @property
     def max_model_len(self) -> int:
@@ -173,4 +190,86 @@ class CompactionScenario(BaseScenario):
         return 2 * self.engine.blocks(self.max_model_len) + 1
 
 
-Scenario = ThroughputScenario | CapacityScenario | LatencyScenario | ServingScenario | CompactionScenario
+class Length(Strict):
+    """One request."""
+
+    prompt_tokens: PositiveInt
+    output_tokens: PositiveInt
+
+    @property
+    def tokens(self) -> int:
+        """From its first token to its last."""
+        return self.prompt_tokens + self.output_tokens
+
+
+class UnboundedScenario(BaseScenario):
+    """Requests one at a time, most of them longer than the whole pool; stock vLLM does not even start with that."""
+
+    kind: Literal["unbounded"]
+    pool_tokens: PositiveInt
+    """Tokens that the KV pool holds, rounded down to whole blocks."""
+    requests: Annotated[tuple[Length, ...], Field(min_length=1)]
+
+    measures = ("pools", "peak_pool_usage", "preemptions")
+    """Tokens of the longest request over those of the pool; then the largest of all requests. Of deltamem."""
+
+    @model_validator(mode="after")
+    def _named_once(self) -> UnboundedScenario:
+        check_unique((request.prompt_tokens, request.output_tokens) for request in self.requests)
+        return self
+
+    @property
+    def max_model_len(self) -> int:
+        """Tokens of the longest request."""
+        return max(request.tokens for request in self.requests)
+
+    @property
+    def pool_blocks(self) -> int:
+        """Blocks of the pool, with the null block."""
+        return self.pool_tokens // self.engine.block_size + 1
+
+
+class ConversationScenario(BaseScenario):
+    """One chat whose every turn sends the whole history, on real servers whose pools hold a few turns of it."""
+
+    kind: Literal["conversation"]
+    turns: PositiveInt
+    message_tokens: PositiveInt
+    """Of each user's message, without the chat template's own."""
+    reply_tokens: PositiveInt
+    pool_turns: PositiveInt
+    """Turns that each server's KV pool holds whole."""
+
+    measures = ("answered", "peak_pool_usage")
+    """Share of the turns that were answered; largest share of the pool in use. Of deltamem."""
+
+    TEMPLATE_TOKENS: ClassVar[int] = 16
+    """Allowed for a chat template in each turn, and for replies that tokenize differently when they are sent back."""
+    SYSTEM_TOKENS: ClassVar[int] = 64
+    """Allowed for the template's own system message."""
+
+    @property
+    def turn_tokens(self) -> int:
+        """Tokens that the history grows by in a turn, at most."""
+        return self.message_tokens + self.reply_tokens + self.TEMPLATE_TOKENS
+
+    @property
+    def max_model_len(self) -> int:
+        """Tokens of the last turn with all before it, at most."""
+        return self.SYSTEM_TOKENS + self.turns * self.turn_tokens
+
+    @property
+    def pool_blocks(self) -> int:
+        """Blocks of the pool, with the null block."""
+        return self.engine.blocks(self.pool_turns * self.turn_tokens) + 1
+
+
+Scenario = (
+    ThroughputScenario
+    | CapacityScenario
+    | LatencyScenario
+    | ServingScenario
+    | CompactionScenario
+    | UnboundedScenario
+    | ConversationScenario
+)

@@ -12,12 +12,22 @@ from typing import Any
 from deltamem_vllm.evaluation.bench.kinds import (
     CapacityScenario,
     CompactionScenario,
+    ConversationScenario,
     LatencyScenario,
     Scenario,
     ServingScenario,
     ThroughputScenario,
+    UnboundedScenario,
 )
-from deltamem_vllm.evaluation.bench.runs import capacity, compaction, latency, serving, throughput
+from deltamem_vllm.evaluation.bench.runs import (
+    capacity,
+    compaction,
+    conversation,
+    latency,
+    serving,
+    throughput,
+    unbounded,
+)
 from deltamem_vllm.evaluation.bench.runs.session import CONDITIONS, Say, Session
 from deltamem_vllm.evaluation.results import Results, run_id
 
@@ -42,6 +52,8 @@ _MEASURE: Mapping[type, Callable[[Session, Any], None]] = {
     LatencyScenario: latency.measure,
     ServingScenario: serving.measure,
     CompactionScenario: compaction.measure,
+    UnboundedScenario: unbounded.measure,
+    ConversationScenario: conversation.measure,
 }
 
 

@@ -53,6 +53,7 @@ def _row_json(plan: Plan, row: Row) -> dict[str, Any]:
         "budget_bytes": memory.budget,
         "weight_bytes": memory.weights,
         "window_bytes": memory.window,
+        "page_table_bytes": memory.tables,
         "estimated": {
             "activation_bytes": memory.activations,
             "graph_bytes": memory.graphs,
@@ -67,10 +68,13 @@ def _row_json(plan: Plan, row: Row) -> dict[str, Any]:
         "loads": [
             {
                 "context": load.context,
+                "pool_blocks": load.pool.blocks,
                 "requests": load.requests,
                 "limited_by_max_num_seqs": load.limited,
                 "compacted_while_read": load.compacted_while_read,
-                "stock_logged_concurrency": None if row.treatment.budget else row.pool.logged_concurrency(load.context),
+                "stock_logged_concurrency": None
+                if row.treatment.budget
+                else load.pool.logged_concurrency(load.context),
                 "command": serve_command(geometry, row.form, row.treatment, serving, load.context)
                 if load.requests
                 else None,

@@ -7,14 +7,15 @@ Whole blocks throughout. A request is counted at its peak while its prompt is re
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from deltamem_vllm.evaluation.plan.errors import PlanError
 from deltamem_vllm.memory.admission import peak_blocks, reserve_blocks
-from deltamem_vllm.memory.budgets import FixedBudget, cdiv
+from deltamem_vllm.memory.budgets import Budget, DealtBudget, cdiv
 
 MAX_RESERVE_SHARE = 1 / 8
-"""The scheduler's limit on the reserve for compactions; a test compares the two."""
+"""The policy's limit on the reserve for compactions; a test compares the two."""
 
 
 @dataclass(frozen=True)
@@ -32,7 +33,12 @@ class Treatment:
     name: str
     element_bytes: int
     flags: tuple[str, ...] = ()
-    budget: FixedBudget | None = None
+    budget: Budget | None = None
+
+    @property
+    def dealt(self) -> bool:
+        """Whether pages are dealt to layers and heads, which takes page tables."""
+        return isinstance(self.budget, DealtBudget)
 
 
 @dataclass(frozen=True)
@@ -67,6 +73,7 @@ class Load:
 
     Attributes
     ----------
+    pool: of a server whose --max-model-len is ``context``.
     requests: held at once, one of them still reading its prompt.
     limited: whether --max-num-seqs is what bounds it.
     compacted_while_read: whether the prompt is longer than the pool, so that parts of it are evicted before the end
@@ -74,25 +81,29 @@ class Load:
     """
 
     context: int
+    pool: Pool
     requests: int
     limited: bool
     compacted_while_read: bool
 
 
-def needed_blocks(budget: FixedBudget | None, context: int, block_size: int, chunk_tokens: int) -> int:
+def needed_blocks(budget: Budget | None, context: int, block_size: int, chunk_tokens: int) -> int:
     """Blocks of the smallest pool that serves one request of this length."""
     return peak_blocks(budget, context, 0, block_size, chunk_tokens, context)
 
 
-def resting_blocks(budget: FixedBudget | None, context: int, block_size: int) -> int:
-    """Blocks a request of this length holds at most once its prompt has been compacted."""
+def resting_blocks(budget: Budget | None, context: int, block_size: int) -> int:
+    """Blocks a request of this length holds at most once memory is short: what it is left with and an interval.
+
+    In mode ``pressure`` it holds more as long as others do not need the room.
+    """
     if budget is None:
         return cdiv(context, block_size)
-    return cdiv(min(context, budget.target(context) + budget.interval), block_size)
+    return cdiv(min(context, budget.least_tokens(context, block_size) + budget.interval), block_size)
 
 
-def admission_blocks(budget: FixedBudget | None, context: int, pool: Pool, chunk_tokens: int) -> int:
-    """Free blocks the scheduler wants before it starts a prompt of this length (see `integration/scheduler.py`)."""
+def admission_blocks(budget: Budget | None, context: int, pool: Pool, chunk_tokens: int) -> int:
+    """Free blocks the scheduler wants before it starts a prompt of this length (see `integration/policy.py`)."""
     size = pool.block_size
     dense = cdiv(context, size)
     if dense > pool.usable:
@@ -108,16 +119,23 @@ def load_of(pool: Pool, treatment: Treatment, context: int, max_num_seqs: int, c
     fits = 0 if start > pool.usable else 1 + (pool.usable - start) // rest
     return Load(
         context=context,
+        pool=pool,
         requests=min(fits, max_num_seqs),
         limited=fits > max_num_seqs,
         compacted_while_read=fits > 0 and cdiv(context, pool.block_size) > pool.usable,
     )
 
 
-def longest_context(pool: Pool, treatment: Treatment, max_positions: int, chunk_tokens: int) -> int:
-    """Longest request the pool serves alone, up to the model's own limit; 0 if none."""
+def longest_context(
+    pool_for: Callable[[int], Pool], treatment: Treatment, max_positions: int, chunk_tokens: int
+) -> int:
+    """Longest request that is served alone, up to the model's own limit; 0 if none.
+
+    ``pool_for`` is the pool for a --max-model-len; longer ones never get a larger pool.
+    """
 
     def fits(context: int) -> bool:
+        pool = pool_for(context)
         return needed_blocks(treatment.budget, context, pool.block_size, chunk_tokens) <= pool.usable
 
     low, high = 0, max_positions

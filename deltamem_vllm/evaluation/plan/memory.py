@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 
 from deltamem_vllm.evaluation.plan.catalog import GIB, Device
 from deltamem_vllm.evaluation.plan.geometry import Geometry
+from deltamem_vllm.memory.budgets import cdiv
 
 GPU_MEMORY_UTILIZATION = 0.92
 """vLLM 0.32's default of --gpu-memory-utilization: the share of the card that one server takes."""
@@ -78,6 +79,8 @@ class Memory:
     """Rotary table, CUDA libraries, communication."""
     window: int
     """deltamem's observation window: exact, 0 without deltamem."""
+    tables: int
+    """deltamem's page tables: exact, 0 without deltamem or CUDA graphs. They grow with --max-model-len."""
 
     @property
     def estimated(self) -> int:
@@ -86,7 +89,7 @@ class Memory:
     @property
     def pool(self) -> int:
         """What is left for the KV cache; negative if it does not fit."""
-        return self.budget - self.weights - self.estimated - self.window
+        return self.budget - self.weights - self.estimated - self.window - self.tables
 
 
 def default_batch(device: Device) -> tuple[int, int]:
@@ -110,11 +113,30 @@ def captured_sizes(device: Device, serving: Serving) -> list[int]:
     return sorted(sizes)
 
 
+def batch_rows(device: Device, serving: Serving) -> int:
+    """Requests of the largest batch, padding for CUDA graphs included."""
+    return max([serving.max_num_seqs, *captured_sizes(device, serving)])
+
+
 def window_bytes(geometry: Geometry, device: Device, serving: Serving, window: int) -> int:
     """deltamem's observation window on one rank: ``window`` queries for each row of the largest batch, and a spare."""
-    rows = max([serving.max_num_seqs, *captured_sizes(device, serving)]) * window + 1
+    rows = batch_rows(device, serving) * window + 1
     heads = geometry.rank_query_heads(serving.ranks)
     return rows * heads * geometry.head_size * 2 * geometry.layers
+
+
+def table_bytes(geometry: Geometry, device: Device, serving: Serving, max_model_len: int) -> int:
+    """deltamem's page tables on one rank: a page number for each block of the longest request, for every row of the
+    largest batch and every (layer, kv head), and two lengths.
+
+    With CUDA graphs they have this size from the start, since graphs remember addresses. Without, they grow as needed
+    and out of what vLLM left free.
+    """
+    if serving.eager:
+        return 0
+    pairs = geometry.layers * geometry.rank_kv_heads(serving.ranks)
+    width = cdiv(max_model_len, serving.block_size) + 1
+    return batch_rows(device, serving) * pairs * (width + 2) * 4
 
 
 def activation_bytes(geometry: Geometry, serving: Serving) -> int:
@@ -145,8 +167,17 @@ def scratch_bytes(geometry: Geometry, serving: Serving, tokens: int) -> int:
     return tokens * (2 * layer + 2 * geometry.rank_query_heads(serving.ranks) * 4)
 
 
-def memory_of(geometry: Geometry, device: Device, weights: int, serving: Serving, window: int) -> Memory:
-    """One card's memory; ``weights`` in bytes, ``window`` the number of observed queries, 0 without deltamem."""
+def memory_of(
+    geometry: Geometry, device: Device, weights: int, serving: Serving, window: int, dealt_context: int = 0
+) -> Memory:
+    """One card's memory.
+
+    Parameters
+    ----------
+    weights: bytes.
+    window: the number of observed queries, 0 without deltamem.
+    dealt_context: --max-model-len of a server that deals pages, 0 of one that does not.
+    """
     rotary = geometry.max_positions * geometry.head_size * 2
     return Memory(
         budget=int(device.total_bytes * serving.utilization),
@@ -155,4 +186,5 @@ def memory_of(geometry: Geometry, device: Device, weights: int, serving: Serving
         graphs=graph_bytes(geometry, device, serving),
         other=rotary + OTHER_BYTES + (COMMUNICATION_BYTES if serving.ranks > 1 else 0),
         window=window_bytes(geometry, device, serving, window) if window else 0,
+        tables=table_bytes(geometry, device, serving, dealt_context) if dealt_context else 0,
     )

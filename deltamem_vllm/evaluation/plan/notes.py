@@ -9,6 +9,7 @@ import math
 from deltamem_vllm.evaluation.plan.catalog import GIB
 from deltamem_vllm.evaluation.plan.commands import CHECKPOINT, serve_command
 from deltamem_vllm.evaluation.plan.formats import WeightFormat
+from deltamem_vllm.evaluation.plan.memory import table_bytes
 from deltamem_vllm.evaluation.plan.planner import CARD_COUNTS, Offload, Plan
 
 
@@ -53,6 +54,12 @@ def notes(plan: Plan) -> list[str]:
             "deltamem here keeps tokens in the hot tier only; this version has no cold and no host tier. What a keep "
             "ratio costs in quality is measured in docs/results: read it before choosing one."
         )
+        lines.append(
+            "Counts are those of a pool that is full. Mode pressure, the default, evicts nothing before that; "
+            "--deltamem-config.mode always holds every request to its budget from the start."
+        )
+    if grown := _tables(plan):
+        lines.append(grown)
     if any(load.limited for load in loads):
         lines.append("+ more would fit; bounded by the slots.")
     if any(load.compacted_while_read for load in loads):
@@ -86,6 +93,26 @@ def notes(plan: Plan) -> list[str]:
     for note in dict.fromkeys(form.note for form in noted):
         lines.append(f"{', '.join(form.name for form in noted if form.note == note)}: {note}.")
     return lines
+
+
+def _tables(plan: Plan) -> str:
+    """What page tables take at either end of the contexts, for the row where they take most; "" without any."""
+    row = max((row for row in plan.rows if row.treatment.dealt), key=lambda row: row.memory.tables, default=None)
+    if row is None or not row.memory.tables:
+        return ""
+    question = plan.question
+    short, long = question.contexts[0], question.contexts[-1]
+    at_long = table_bytes(question.geometry, question.device, row.serving, long)
+    lines = (
+        f'"deltamem" is its observation window and page tables, both exact; of them, tables up to '
+        f"{in_gib(row.memory.tables)} GiB for --max-model-len {short:,} with --max-num-seqs {row.serving.max_num_seqs}"
+    )
+    if long == short:
+        return f"{lines}."
+    return (
+        f"{lines}, {in_gib(at_long)} for {long:,}. The columns left of the contexts are for the shortest; longer ones "
+        "are counted with their own tables. Fewer slots make them smaller."
+    )
 
 
 def _uneven_groups(plan: Plan, form: WeightFormat) -> bool:

@@ -15,7 +15,8 @@ from deltamem_vllm.evaluation.plan.errors import PlanError
 from deltamem_vllm.evaluation.plan.formats import WeightFormat
 from deltamem_vllm.evaluation.plan.geometry import Geometry
 from deltamem_vllm.evaluation.plan.memory import Memory, Serving, default_batch, memory_of, scratch_bytes
-from deltamem_vllm.memory.budgets import FixedBudget
+from deltamem_vllm.memory.budgets import budget_for
+from deltamem_vllm.request_options import KEEP_RATIO, RequestOptions
 
 CARD_COUNTS = (1, 2, 4, 8)
 """Tried when the cards at hand are too few."""
@@ -54,7 +55,9 @@ class Row:
     treatment: Treatment
     serving: Serving
     memory: Memory
+    """For the shortest asked context; page tables take more for longer ones."""
     pool: Pool
+    """What that leaves."""
     longest: int
     """Tokens of the longest single request."""
     loads: tuple[Load, ...]
@@ -169,7 +172,7 @@ def make_offload(question: Question, form: WeightFormat, treatment: Treatment, c
     geometry, device = question.geometry, question.device
     serving = question.serving if question.fixed_seqs else question.serving.with_seqs(1)
     weights = geometry.weight_bytes(form, serving.ranks)
-    memory = memory_of(geometry, device, weights, serving, question.window if treatment.budget else 0)
+    memory = _memory(question, weights, treatment, serving, context)
     block = geometry.token_bytes(treatment.element_bytes, serving.ranks) * serving.block_size
     blocks = needed_blocks(treatment.budget, context, serving.block_size, serving.chunk_tokens) + 1
     steps = max(0, math.ceil((blocks * block - memory.pool) / OFFLOAD_STEP))
@@ -180,20 +183,31 @@ def make_offload(question: Question, form: WeightFormat, treatment: Treatment, c
     return Offload(form, treatment, context, serving, offloaded / GIB, rate)
 
 
+def _memory(question: Question, weights: int, treatment: Treatment, serving: Serving, context: int) -> Memory:
+    """One card's memory of a server whose --max-model-len is ``context``."""
+    window = question.window if treatment.budget else 0
+    dealt = context if treatment.dealt else 0
+    return memory_of(question.geometry, question.device, weights, serving, window, dealt)
+
+
 def _row(question: Question, form: WeightFormat, weights: int, treatment: Treatment, serving: Serving) -> Row:
-    geometry, device = question.geometry, question.device
-    memory = memory_of(geometry, device, weights, serving, question.window if treatment.budget else 0)
-    pool = Pool.of(memory.pool, geometry.token_bytes(treatment.element_bytes, serving.ranks), serving.block_size)
-    chunk = serving.chunk_tokens
-    loads = tuple(load_of(pool, treatment, c, serving.max_num_seqs, chunk) for c in question.contexts)
-    read = max((min(load.context, pool.tokens) for load in loads if load.requests), default=0)
+    geometry, device, chunk = question.geometry, question.device, serving.chunk_tokens
+    token_bytes = geometry.token_bytes(treatment.element_bytes, serving.ranks)
+
+    def pool_for(context: int) -> Pool:
+        available = _memory(question, weights, treatment, serving, context).pool
+        return Pool.of(available, token_bytes, serving.block_size)
+
+    loads = tuple(load_of(pool_for(c), treatment, c, serving.max_num_seqs, chunk) for c in question.contexts)
+    read = max((min(load.context, load.pool.tokens) for load in loads if load.requests), default=0)
+    memory = _memory(question, weights, treatment, serving, question.contexts[0])
     return Row(
         form=form,
         treatment=treatment,
         serving=serving,
         memory=memory,
-        pool=pool,
-        longest=longest_context(pool, treatment, geometry.max_positions, chunk),
+        pool=loads[0].pool,
+        longest=longest_context(pool_for, treatment, geometry.max_positions, chunk),
         loads=loads,
         scratch=scratch_bytes(geometry, serving, read) if treatment.budget else 0,
         scratch_room=memory.activations + device.total_bytes - memory.budget,
@@ -215,6 +229,6 @@ def _cards_needed(question: Question, form: WeightFormat) -> int | None:
 
 
 def _deltamem(config: DeltaMemConfig, ratio: float) -> Treatment:
-    budget = FixedBudget(ratio, config.min_tokens, config.sink_tokens, config.recent_tokens, config.interval)
+    budget = budget_for(RequestOptions.from_extra_args({KEEP_RATIO: ratio}, config), config)
     flags = ("--kv-cache-policy", "deltamem", "--deltamem-config.keep_ratio", f"{ratio:g}")
     return Treatment(f"deltamem {ratio:g}", 2, flags, budget)

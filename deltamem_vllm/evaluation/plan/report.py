@@ -68,7 +68,7 @@ def _rows_table(plan: Plan) -> Table:
     table = _table("Requests held at once, by context (prompt + output); GiB of one card")
     for name in ("weights", "KV cache"):
         table.add_column(name)
-    for name in ("slots", "window", "estimated", "KV pool", "pool tokens", "longest"):
+    for name in ("slots", "deltamem", "estimated", "KV pool", "pool tokens", "longest"):
         table.add_column(name, justify="right")
     for context in plan.question.contexts:
         table.add_column(short_context(context), justify="right")
@@ -87,9 +87,9 @@ def _rows_table(plan: Plan) -> Table:
 
 def _row_cells(plan: Plan, row: Row) -> list[str]:
     memory = row.memory
-    window = in_gib(memory.window) if memory.window else ""
+    own = in_gib(memory.window + memory.tables) if row.treatment.budget else ""
     slots = str(row.serving.max_num_seqs)
-    cells = [row.treatment.name, slots, window, in_gib(memory.estimated), in_gib(max(0, memory.pool))]
+    cells = [row.treatment.name, slots, own, in_gib(memory.estimated), in_gib(max(0, memory.pool))]
     return [*cells, f"{row.pool.tokens:,}", _longest(plan, row), *(_load(load) for load in row.loads)]
 
 

@@ -11,13 +11,23 @@ from typing import Any
 from deltamem_vllm.evaluation.bench.kinds import (
     CapacityScenario,
     CompactionScenario,
+    ConversationScenario,
     LatencyScenario,
     Scenario,
     ServingScenario,
     ThroughputScenario,
+    UnboundedScenario,
 )
 from deltamem_vllm.evaluation.bench.measure import Spread, judge
-from deltamem_vllm.evaluation.bench.report import capacity, compaction, latency, serving, throughput
+from deltamem_vllm.evaluation.bench.report import (
+    capacity,
+    compaction,
+    conversation,
+    latency,
+    serving,
+    throughput,
+    unbounded,
+)
 from deltamem_vllm.evaluation.bench.report.conditions import conditions, engines
 from deltamem_vllm.evaluation.bench.report.plots import draw
 from deltamem_vllm.evaluation.bench.report.tables import View, shown, table
@@ -32,6 +42,8 @@ _PARTS: Mapping[type, Any] = {
     LatencyScenario: latency,
     ServingScenario: serving,
     CompactionScenario: compaction,
+    UnboundedScenario: unbounded,
+    ConversationScenario: conversation,
 }
 
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 from deltamem_vllm.evaluation.bench.kinds import ThroughputScenario
 from deltamem_vllm.evaluation.bench.report.tables import View, compared, repeats_done, shown, table
 from deltamem_vllm.evaluation.bench.runs.session import DELTAMEM
+from deltamem_vllm.evaluation.bench.runs.throughput import OUTPUTS
 
 # Title, field, format, and whether the ratio says something: that of preemptions may divide by zero and that of
 # the load means nothing.
@@ -29,6 +30,8 @@ _POLICY_ROWS = (
     ("compactions", 1.0, ".0f", "compactions"),
     ("evicted_tokens", 1.0, ".0f", "evicted tokens"),
     ("compaction_us", 1e-6, ".2f", "compaction time, s"),
+    ("pressure_blocks", 1.0, ".0f", "blocks taken under pressure"),
+    ("probes", 1.0, ".0f", "looks at what a request's blocks are worth"),
     ("skipped:no_free_blocks", 1.0, ".0f", "compactions skipped: no free blocks"),
     ("skipped:shared_prefix", 1.0, ".0f", "compactions skipped: shared prefix"),
 )
@@ -36,6 +39,15 @@ _POLICY_ROWS = (
 
 def measured(view: View, scenario: ThroughputScenario, measure: str) -> dict[str, list[float]]:
     """What a target is judged by."""
+    if measure in scenario.counts:
+        return {
+            f"{measure} of deltamem": [
+                float(cell["policy"].get(measure, 0) if measure == "compactions" else cell[measure])
+                for cell in view.repeats(DELTAMEM)
+            ]
+        }
+    if measure in scenario.outputs:
+        return {measure: view.values(measure, OUTPUTS)}
     return {f"{measure}, ratio": view.ratios(measure)}
 
 
@@ -55,4 +67,20 @@ def section(view: View, scenario: ThroughputScenario) -> list[str]:
     for key, scale, form, title in _POLICY_ROWS:
         counts = [cell["policy"].get(key, 0) * scale for cell in view.repeats(DELTAMEM)]
         rows.append([title, "", shown(counts, form), ""])
-    return lines + table((f"median of {repeats_done(view)}", "stock", "deltamem", "ratio"), rows)
+    lines += table((f"median of {repeats_done(view)}", "stock", "deltamem", "ratio"), rows)
+    if scenario.compare_outputs:
+        lines += _same_outputs(view)
+    return lines
+
+
+def _same_outputs(view: View) -> list[str]:
+    """How far both sides said the same."""
+    same = shown(view.values("same_tokens", OUTPUTS), ".1%")
+    differ = shown(view.values("logprob_difference", OUTPUTS), ".3g")
+    compared = shown(view.values("compared_tokens", OUTPUTS), ".0f")
+    return [
+        f"Greedy decoding gave the same token ids in {same} of the requests, and log-probabilities that differ by at",
+        f"most {differ} over {compared} tokens that both sides said in the same context. Requests were held back until",
+        "all were in the queue, and log-probabilities of the chosen tokens were asked for on both sides.",
+        "",
+    ]

@@ -15,7 +15,7 @@ from typing import Any
 
 from deltamem_vllm.evaluation.bench.client import ClientFailed, client_cell, client_command, run_client
 from deltamem_vllm.evaluation.bench.engine import engine_args
-from deltamem_vllm.evaluation.bench.kinds import ServingScenario
+from deltamem_vllm.evaluation.bench.kinds import ConversationScenario, ServingScenario
 from deltamem_vllm.evaluation.bench.runs.session import SIDES, Progress, Say, Session, both_policies
 from deltamem_vllm.evaluation.bench.traffic import random_prompts
 from deltamem_vllm.evaluation.live_server import MODEL_NAME, LiveServer, ServerFailed, serve
@@ -99,7 +99,7 @@ class _Prefixed:
         self.say(self.prefix + line)
 
 
-def server_flags(scenario: ServingScenario) -> list[str]:
+def server_flags(scenario: ServingScenario | ConversationScenario) -> list[str]:
     """Flags of `vllm serve` for what a scenario says of its engine."""
     arguments = engine_args(scenario, "", None)
     flags = []
