@@ -92,9 +92,9 @@ class DeltaMemConfig(BaseModel):
     """Tokens a request may grow beyond its budget while decoding before it is compacted again."""
 
     scorer: str = Field(default="auto", min_length=1)
-    """Which tokens matter: the name of a scorer; `deltamem scorers` lists the installed ones. `auto` takes `tova` where
-    a calibration says what heads deserve or all get the same, and `distinct`, whose scores say so, where there is
-    none."""
+    """Which tokens matter: the name of a scorer; `deltamem scorers` lists the installed ones. `auto` takes `predictor`
+    where a calibration has one; `tova` where an older calibration says only what heads deserve, or all heads get the
+    same; and `distinct`, whose scores say what heads deserve, where there is no calibration."""
 
     request_scorers: list[str] = []
     """Further scorers that a request may name as `deltamem_scorer` instead of the server's."""
@@ -178,17 +178,24 @@ class DeltaMemConfig(BaseModel):
         """The fully resolved configuration as plain JSON values, defaults included."""
         return self.model_dump(mode="json")
 
-    def resolved(self, calibration: str | None) -> DeltaMemConfig:
+    def resolved(self, calibration: str | None, *, predictor: bool) -> DeltaMemConfig:
         """The configuration of a server that has looked for a calibration.
 
         Parameters
         ----------
         calibration
             Folder of the one that was found; None if there is none.
+        predictor
+            Whether it has weights for the scorer `predictor`.
         """
         scorer = self.scorer
         if scorer == AUTO:
-            scorer = "distinct" if calibration is None and self.dealing != "equal" else "tova"
+            if self.dealing == "equal":
+                scorer = "tova"
+            elif calibration is None:
+                scorer = "distinct"
+            else:
+                scorer = "predictor" if predictor else "tova"
         return self.model_copy(update={"calibration": calibration or "none", "scorer": scorer})
 
     @property

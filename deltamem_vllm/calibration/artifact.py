@@ -66,7 +66,8 @@ class Calibration:
     card : Card
         Where it comes from.
     tensors : dict of Tensor
-        By name, float32 on the CPU. `rank_utility` is always there.
+        By name, float32 on the CPU. `rank_utility` is always there, `predictor` unless it was made by a version of
+        deltamem that knew none.
     folder : Path or None
         Where it was loaded from.
     """
@@ -79,6 +80,11 @@ class Calibration:
     def rank_utility(self) -> Tensor:
         """[layers, kv heads, quantiles] float32, non-negative, non-increasing: an entry's utility by its rank."""
         return self.tensors["rank_utility"]
+
+    @property
+    def predictor(self) -> Tensor | None:
+        """[layers, kv heads, features] float32: weights of the scorer `predictor`, in the order of its features."""
+        return self.tensors.get("predictor")
 
 
 def save(made: Calibration, folder: Path, force: bool = False) -> None:
@@ -284,3 +290,22 @@ def _check_tensors(tensors: Mapping[str, Tensor], geometry: Geometry, where: str
         problem = "entries below zero or above the one before them"
     if problem:
         raise CalibrationError(f"rank_utility of {where} has {problem}; {_AGAIN}")
+    if "predictor" in tensors:
+        _check_predictor(tensors["predictor"], geometry, where)
+
+
+def _check_predictor(weights: Tensor, geometry: Geometry, where: str) -> None:
+    import torch
+
+    from deltamem_vllm.scoring.features import feature_widths
+
+    expected = (geometry.layers, geometry.kv_heads, sum(feature_widths(geometry.head_dim, geometry.head_dim)))
+    problem = ""
+    if weights.dtype != torch.float32:
+        problem = f"dtype {weights.dtype}, expected torch.float32"
+    elif tuple(weights.shape) != expected:
+        problem = f"shape {tuple(weights.shape)}, expected {expected}"
+    elif not bool(weights.isfinite().all()):
+        problem = "entries that are not finite"
+    if problem:
+        raise CalibrationError(f"predictor of {where} has {problem}; {_AGAIN}")

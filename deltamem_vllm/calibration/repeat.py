@@ -17,6 +17,7 @@ from torch import Tensor
 
 from deltamem_vllm.calibration.attention import Recorder
 from deltamem_vllm.calibration.errors import CalibrationError
+from deltamem_vllm.calibration.predictor import Entries
 
 CHUNK = 512
 """Tokens fed at once, in both halves of the pass: bounds the activations."""
@@ -57,14 +58,20 @@ class Pass:
 
     Attributes
     ----------
-    peaks : Tensor
-        [layers, kv heads, entries] float32: the largest attention weight of each entry of the text.
+    entries : Entries
+        What the model had in its cache when it had read the text, and the largest attention weight of each entry of
+        the text, [layers, kv heads, entries] float32. The cache is on the model's device.
     accuracy : float
         Share of the repeated tokens that the model itself would have written.
     """
 
-    peaks: Tensor
+    entries: Entries
     accuracy: float
+
+    @property
+    def peaks(self) -> Tensor:
+        """[layers, kv heads, entries] float32: the largest attention weight of each entry of the text."""
+        return self.entries.peaks
 
 
 def prompt_of(tokenizer: Any) -> Prompt:
@@ -100,7 +107,8 @@ def repeat_pass(model: Any, tokenizer: Any, recorder: Recorder, prompt: Prompt, 
     whole = [*prompt.before, *context]
     for start in range(0, len(whole), CHUNK):
         _feed(base, whole[start : start + CHUNK], cache)
-    recorder.start(range(max(SINKS, len(prompt.before)), len(whole)))
+    watched = range(max(SINKS, len(prompt.before)), len(whole))
+    recorder.start(watched)
     right = 0
     for start in range(0, len(context), CHUNK):
         chunk = context[start : start + CHUNK]
@@ -110,7 +118,8 @@ def repeat_pass(model: Any, tokenizer: Any, recorder: Recorder, prompt: Prompt, 
         # The state before each repeated token predicts it.
         right += _agreements(head, hidden[0, len(instruction) - 1 : -1], chunk)
         cache.crop(-(len(instruction) + len(chunk)))  # keeps the context
-    return Pass(recorder.finish(), right / len(context))
+    keys, values = ([getattr(layer, name)[0] for layer in cache.layers] for name in ("keys", "values"))
+    return Pass(Entries(keys, values, recorder.finish(), watched), right / len(context))
 
 
 def _feed(base: Any, tokens: list[int], cache: Any) -> Tensor:

@@ -151,6 +151,7 @@ def _measure(
     from transformers import AutoTokenizer
 
     from deltamem_vllm.calibration.attention import Recorder
+    from deltamem_vllm.calibration.predictor import PredictorFit, held_out_metrics, learn
     from deltamem_vllm.calibration.profile import rank_profile
     from deltamem_vllm.calibration.repeat import CHUNK, SINKS, longest_pass, prompt_of, repeat_pass
 
@@ -170,7 +171,10 @@ def _measure(
             f"the model has {limit}"
         )
     excerpts = excerpts_of(tokenizer, texts, tokens)
-    profiles, accuracies = [], []
+    profiles: list[Tensor] = []
+    accuracies = []
+    fit = PredictorFit()
+    held_out = {}
     for i, excerpt in enumerate(excerpts, 1):
         before = time.monotonic()
         done = repeat_pass(network, tokenizer, recorder, prompt, excerpt.tokens)
@@ -179,6 +183,11 @@ def _measure(
                 f"attention was seen in {done.peaks.shape[0]} layers with {done.peaks.shape[1]} kv heads; config.json "
                 f"states {geometry.layers} and {geometry.kv_heads}"
             )
+        if 1 < i == len(excerpts):
+            # The last text, before anything is learned from it.
+            so_far = torch.stack(profiles).mean(0)
+            held_out = {"predictor_held_out": held_out_metrics(fit.solve(), so_far, done.entries)}
+        learn(fit, done.entries)
         profiles.append(rank_profile(done.peaks))
         accuracies.append(done.accuracy)
         report(f"text {i} of {texts}: {time.monotonic() - before:.1f} s, {done.accuracy:.0%} repeated")
@@ -191,9 +200,9 @@ def _measure(
             for e in excerpts
         ],
         "pass": {"chat_template": prompt.chat, "tokens_before": len(prompt.before), "sinks": SINKS, "chunk": CHUNK},
-        **_shares_and_metrics(every, accuracies),
+        **_shares_and_metrics(every, accuracies, held_out),
     }
-    return {"rank_utility": every.mean(0)}, details
+    return {"rank_utility": every.mean(0), "predictor": fit.solve()}, details
 
 
 def _load(folder: Path) -> Any:
@@ -239,8 +248,11 @@ def excerpts_of(tokenizer: Any, texts: int, tokens: int) -> list[Excerpt]:
     return found
 
 
-def _shares_and_metrics(profiles: Tensor, accuracies: list[float]) -> dict[str, Any]:
-    """From [texts, layers, kv heads, quantiles]: who gets how much, and how far that can be trusted."""
+def _shares_and_metrics(profiles: Tensor, accuracies: list[float], held_out: dict[str, Any]) -> dict[str, Any]:
+    """From [texts, layers, kv heads, quantiles]: who gets how much, and how far that can be trusted.
+
+    `held_out` holds further metrics.
+    """
     from deltamem_vllm.calibration.profile import KEEP_RATIOS, shares
 
     mean = profiles.mean(0)
@@ -263,5 +275,6 @@ def _shares_and_metrics(profiles: Tensor, accuracies: list[float]) -> dict[str, 
             "pairs_above_nine_tenths_at_0.25": int((quarter > 0.9).sum()),
             # How far a pair's share at 0.25 by one text alone is from the one by all, on average.
             "difference_between_texts_at_0.25": round(sum(alone) / len(alone), 4),
+            **held_out,
         },
     }

@@ -118,8 +118,8 @@ def _answer(
         DeltaMemConfig.from_dict({"keep_ratio": ratio})
     treatments = make_treatments(config, sorted(set(ratios), reverse=True))
     # The default scorer decides whether there is an observation window, and thereby how large the pool is.
-    # As if the model had a calibration: nothing is measured here, and that is the larger answer.
-    scorer = config.resolved("a calibration").scorer
+    # As if the model had a calibration of today: nothing is looked up here.
+    scorer = config.resolved("a calibration", predictor=True).scorer
     window = config.window if load_scorer(scorer).needs_queries else 0
     geometry = load_geometry(model)
     contexts = choose_contexts(asked, geometry.max_positions)

@@ -188,10 +188,11 @@ def page_mass(scores: Tensor, lengths: Tensor, order: Tensor, block_size: int, s
     worth = (worth - lowest).masked_fill_(~free, 0.0).double()
     total = worth.sum(2, keepdim=True)
     # Where all is worth nothing, one token is as good as another.
-    worth = torch.where(total > 0, worth / total, free / free.sum(2, keepdim=True).clamp(min=1))
+    even = free.double() / free.sum(2, keepdim=True).clamp(min=1)
+    worth = torch.where(total > 0, worth / total, even)
     pages = scores.shape[2] // block_size
-    ranked = worth.gather(2, order[:, :, : pages * block_size])
-    return ranked.unflatten(2, (pages, block_size)).sum(3).float()
+    ranked: Tensor = worth.gather(2, order[:, :, : pages * block_size])
+    return ranked.view(*ranked.shape[:2], pages, block_size).sum(3).float()
 
 
 def curve(utility: Tensor, floor: int, mass: Tensor | None = None) -> tuple[tuple[int, ...], tuple[float, ...]]:

@@ -105,7 +105,8 @@ def _finish(vllm_config: VllmConfig, config: DeltaMemConfig) -> None:
     refusals.check_supported(vllm_config)
     found = calibrations.find_calibration(vllm_config, config)
     # Every process uses what was found here, and requests are told when there is none.
-    config = config.resolved(str(found.folder) if found is not None else None)
+    has_predictor = found is not None and found.predictor is not None
+    config = config.resolved(str(found.folder) if found is not None else None, predictor=has_predictor)
     assert isinstance(vllm_config.additional_config, dict), "made by _prepare"
     vllm_config.additional_config[CONFIG_KEY] = config.to_json_dict()
     vllm_config.scheduler_config.scheduler_cls = scheduler_path(vllm_config)

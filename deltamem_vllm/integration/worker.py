@@ -17,7 +17,7 @@ from deltamem_vllm.dealing.dealer import Dealer
 from deltamem_vllm.dealing.pool import PagePool
 from deltamem_vllm.dealing.tables import PageTables
 from deltamem_vllm.integration import backends, spec
-from deltamem_vllm.integration.calibrations import find_calibration, rank_prior
+from deltamem_vllm.integration.calibrations import bind_scorers, find_calibration, rank_prior
 from deltamem_vllm.integration.compactor import Compactor
 from deltamem_vllm.integration.dealt_batch import DealtBatch
 from deltamem_vllm.integration.dealt_read import READERS, ReadsDealtPages
@@ -57,6 +57,8 @@ class WorkerMemory:
         caches = [layer.kv_cache for layer in layers]
         max_requests, max_tokens = batch_limits(vllm_config)
         device = caches[0].device
+        calibration = find_calibration(vllm_config, config)
+        bind_scorers(calibration, scorers.values(), len(caches), caches[0].shape[1], device)
         self.window: ObservationWindow | None = None
         observing = [name for name, scorer in scorers.items() if scorer.needs_queries]
         if observing:
@@ -76,7 +78,6 @@ class WorkerMemory:
             tables = make_tables(vllm_config, PagePool(caches))
             self.dealt = DealtBatch(tables, has_graphs(vllm_config), vllm_config.model_config.max_model_len)
             _install_tables(vllm_config, caches)
-            calibration = find_calibration(vllm_config, config)
             prior = rank_prior(calibration, tables.pool) if calibration is not None else None
             dealer = Dealer(tables, DealtPages(layout), scales, self.window, prior, config.redundancy, config.seed)
         self.compactor = Compactor(caches, scales, PageMover(layout), scorers, self.window, config.seed, dealer)

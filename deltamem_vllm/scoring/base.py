@@ -128,7 +128,7 @@ class Scorer(ABC):
     """One way to say which cached tokens matter.
 
     Subclasses set ``name``, ``summary`` and ``source`` and implement :meth:`score`. They keep no state
-    between calls, draw nothing from global generators and never wait for the device.
+    between calls but what :meth:`bind` gave them, draw nothing from global generators and never wait for the device.
     """
 
     name: ClassVar[str]
@@ -145,6 +145,19 @@ class Scorer(ABC):
 
     Attention of the newest queries does not qualify, although it is a mass: heads that retrieve rest on the sink until
     something is to be retrieved, and would be left with nothing (measured: docs/results/eval)."""
+
+    learned: ClassVar[str | None] = None
+    """Name of the calibration's tensor that it cannot do without. A server that has none refuses to start with it."""
+
+    def bind(self, learned: Tensor) -> None:
+        """Take the tensor ``learned`` of the model's calibration, once, before anything is rated.
+
+        Parameters
+        ----------
+        learned
+            ``[layers, kv heads of this rank, ...]`` on the device of the views to come.
+        """
+        raise ValueError(f"scorer {self.name!r} learns nothing from a calibration; set its `learned` and define bind()")
 
     @abstractmethod
     def score(self, view: ScoreView) -> Tensor:

@@ -105,6 +105,37 @@ def distinct(view: ScoreView) -> Tensor:
     return scores
 
 
+def features(view: ScoreView, head: int, j: int) -> list[float]:
+    """Everything the predictor knows of entry ``j`` of one head."""
+    keys, values = list(view.keys[head].double()), list(view.values[head].double())
+    key, value = keys[j], values[j]
+    half = len(key) // 2
+    units = [k / k.norm() for k in keys]
+    anchor = sum(units[1:], units[0]) / len(units)
+    mean = sum(values[1:], values[0]) / len(values)
+    return [
+        1.0,
+        *key.tolist(),
+        *(math.hypot(float(key[d]), float(key[d + half])) for d in range(half)),
+        *value.tolist(),
+        float(key.norm()),
+        float(value.norm()),
+        float(units[j] @ anchor) / float(anchor.norm()),
+        float((value - mean).norm()),
+    ]
+
+
+def predictor(view: ScoreView, weights: Tensor) -> Tensor:
+    """exp(w . phi) with weights ``[layers, kv heads, features]`` of the layer and head at hand."""
+    scores = torch.zeros(view.num_kv_heads, view.num_resident, dtype=torch.float64)
+    for head in range(view.num_kv_heads):
+        own = weights[view.layer, view.first_head + head].tolist()
+        for j in range(view.num_resident):
+            terms = zip(own, features(view, head, j), strict=True)
+            scores[head, j] = math.exp(sum(w * x for w, x in terms))
+    return scores
+
+
 def select(scores: Tensor, keep: int, sink: int, recent: int) -> Tensor:
     """Sort (protected, score, index) downwards, one head at a time."""
     n = scores.shape[1]

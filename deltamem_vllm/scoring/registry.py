@@ -27,6 +27,7 @@ BUILTIN = {
     "delta": "deltamem_vllm.scoring.delta:DeltaScorer",
     "snapkv": "deltamem_vllm.scoring.snapkv:SnapKVScorer",
     "tova": "deltamem_vllm.scoring.tova:TOVAScorer",
+    "predictor": "deltamem_vllm.scoring.predictor:PredictorScorer",
     "distinct": "deltamem_vllm.scoring.distinct:DistinctScorer",
     "keydiff": "deltamem_vllm.scoring.keydiff:KeyDiffScorer",
     "streaming": "deltamem_vllm.scoring.streaming:StreamingScorer",

@@ -175,6 +175,7 @@ def test_parts_of_ranks_are_vllms(name: str, ranks: int, tmp_path: Path) -> None
     assert geometry.layers == model.get_num_layers(parallel)
     assert geometry.token_bytes(2, ranks) * 16 == sum(s.page_size_bytes for s in specs_of(config, STOCK).values())
     serving = Serving(ranks=ranks, max_num_seqs=32, eager=True)
+    config.additional_config["deltamem"] = {"scorer": "tova"}  # one that has a window
     assert window_bytes(geometry, find_device("h100", None), serving, DeltaMemConfig().window) == workers_window_bytes(
         config
     )

@@ -24,9 +24,20 @@ from deltamem_vllm.calibration.artifact import CARD, SHIPPED, TENSORS, Calibrati
 from deltamem_vllm.calibration.attention import NAME, Recorder, attend_and_peak
 from deltamem_vllm.calibration.errors import CalibrationError
 from deltamem_vllm.calibration.fingerprint import Geometry, fingerprint, model_folder
+from deltamem_vllm.calibration.predictor import (
+    Entries,
+    PredictorFit,
+    held_out_metrics,
+    learn,
+    predict,
+    rank_correlation,
+)
 from deltamem_vllm.calibration.profile import rank_profile, shares
 from deltamem_vllm.calibration.run import calibrate, excerpts_of
 from deltamem_vllm.cli.main import app
+from deltamem_vllm.scoring.base import ScoreView
+from deltamem_vllm.scoring.features import feature_parts
+from deltamem_vllm.scoring.registry import load_scorer
 from tests.support.tiny_models import FAMILIES, HEAD_DIM, HEADS, KV_HEADS, LAYERS, VOCAB, build_tiny_model
 
 GEOMETRY = Geometry(LAYERS, HEADS, KV_HEADS, HEAD_DIM)
@@ -194,6 +205,105 @@ def test_shares_follow_the_best_bins_of_all_pairs() -> None:
     assert shares(torch.zeros(1, 2, 4), 0.5).tolist() == [[1.0, 0.0]]
 
 
+# The predictor.
+
+
+def text_of(seed: int, layers: int = 3, heads: int = 2, dim: int = 8, count: int = 200) -> Entries:
+    """Entries whose attention follows from key and value in every head differently, but for a little noise."""
+    gen = torch.Generator().manual_seed(seed)
+    keys, values = (torch.randn(layers, heads, count, dim, generator=gen) for _ in range(2))
+    maps = torch.randn(layers, heads, 2 * dim, generator=torch.Generator().manual_seed(99))
+    logs = (torch.cat([keys, values], -1) @ maps.unsqueeze(3)).squeeze(3) * 0.3 - 4
+    logs += 0.1 * torch.randn(logs.shape, generator=gen)
+    watched = range(7, count - 3)
+    return Entries(list(keys), list(values), logs.exp().clamp(max=1)[..., watched.start : watched.stop], watched)
+
+
+def by_least_squares(texts: list[Entries], layer: int, head: int) -> Tensor:
+    """Ridge regression as least squares with a row for each damped weight."""
+    rows, targets = [], []
+    for text in texts:
+        phi = torch.cat(feature_parts(text.keys[layer], text.values[layer]), -1)[head]
+        rows.append(phi[text.watched.start : text.watched.stop].double())
+        targets.append((text.peaks[layer, head].double() + 1e-3).log())
+    x, y = torch.cat(rows), torch.cat(targets)
+    damping = (1e-4 * x.square().sum(0).mean()).sqrt() * torch.eye(x.shape[1], dtype=x.dtype)
+    bottom = torch.zeros(x.shape[1], 1, dtype=x.dtype)
+    return torch.linalg.lstsq(torch.cat([x, damping]), torch.cat([y.unsqueeze(1), bottom])).solution.squeeze(1)
+
+
+def test_fit_is_ridge_regression_over_all_texts() -> None:
+    texts = [text_of(0), text_of(1, count=90), text_of(2)]
+    fit = PredictorFit()
+    for text in texts:
+        learn(fit, text)
+    weights = fit.solve()
+    assert weights.shape == (3, 2, 1 + 8 + 4 + 8 + 4) and weights.dtype == torch.float32
+    for layer in range(3):
+        for head in range(2):
+            expected = by_least_squares(texts, layer, head)
+            torch.testing.assert_close(weights[layer, head].double(), expected, atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_predictor_of_a_model_is_fitted_to_what_its_cache_held(tiny: Callable[[str], Path], family: str) -> None:
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    folder = tiny(family)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    recorder = Recorder()
+    recorder.register()
+    model = AutoModelForCausalLM.from_pretrained(folder, attn_implementation=NAME).eval()
+    prompt = repeat.prompt_of(tokenizer)
+    fit, texts = PredictorFit(), []
+    for excerpt in excerpts_of(tokenizer, 2, 150):
+        texts.append(repeat.repeat_pass(model, tokenizer, recorder, prompt, excerpt.tokens).entries)
+        learn(fit, texts[-1])
+    whole = torch.tensor([[*prompt.before, *excerpt.tokens]])
+    assert texts[-1].watched == range(max(repeat.SINKS, len(prompt.before)), whole.shape[1])
+    with torch.inference_mode():
+        cache = AutoModelForCausalLM.from_pretrained(folder).eval()(whole, use_cache=True).past_key_values
+    for layer in range(LAYERS):
+        torch.testing.assert_close(texts[-1].keys[layer], cache.layers[layer].keys[0], atol=1e-4, rtol=1e-4)
+        torch.testing.assert_close(texts[-1].values[layer], cache.layers[layer].values[0], atol=1e-4, rtol=1e-4)
+    weights = fit.solve()
+    for layer in range(LAYERS):
+        for head in range(KV_HEADS):
+            expected = by_least_squares(texts, layer, head)
+            torch.testing.assert_close(weights[layer, head].double(), expected, atol=1e-3, rtol=1e-3)
+    # What the server's scorer makes of them is the fit's own prediction.
+    scorer = load_scorer("predictor")
+    scorer.bind(weights)
+    for layer, row in enumerate(predict(weights, texts[0])):
+        view = ScoreView(texts[0].keys[layer], texts[0].values[layer], None, 1.0, layer)
+        rated = scorer.score(view)[:, texts[0].watched.start : texts[0].watched.stop]
+        torch.testing.assert_close(rated, row.exp(), atol=1e-6, rtol=1e-3)
+
+
+def test_metrics_of_a_text_not_seen() -> None:
+    fit = PredictorFit()
+    for seed in range(8):
+        learn(fit, text_of(seed))
+    text = text_of(100)
+    profile = rank_profile(text.peaks)
+    found = held_out_metrics(fit.solve(), profile, text)
+    assert found["r2"] > 0.9 and found["r2_within_heads"] > 0.9 and found["spearman"] > 0.9
+    for ratio, kept in found["kept"].items():
+        assert float(ratio) * 0.8 < kept["random"] < kept["predictor"] <= kept["oracle"] <= 1
+    learned_nothing = held_out_metrics(torch.zeros_like(fit.solve()), profile, text)
+    assert learned_nothing["r2"] < 0 and learned_nothing["spearman"] is None
+
+
+def test_rank_correlation_is_the_correlation_of_mean_ranks() -> None:
+    one = torch.tensor([[1.0, 2, 2, 4], [1, 2, 3, 4], [5, 5, 5, 5]])
+    other = torch.tensor([[1.0, 3, 2, 9], [8, 4, 2, 1], [1, 2, 3, 4]])
+    found = rank_correlation(one, other)
+    ranks = torch.tensor([[1.0, 2.5, 2.5, 4], [1, 3, 2, 4]])
+    torch.testing.assert_close(found[0].float(), torch.corrcoef(ranks)[0, 1])
+    torch.testing.assert_close(found[1].item(), -1.0)
+    assert found[2].isnan()
+
+
 # The fingerprint.
 
 
@@ -313,6 +423,25 @@ def test_artifact_comes_back_as_it_was(tmp_path: Path) -> None:
     assert [path.name for path in (tmp_path / "a").iterdir()] == ["b"]
     # A list of numbers is one line of the card.
     assert '"layers": [ 0.5, 0.25, 0.75 ]' in (back.folder / CARD).read_text()
+
+
+@pytest.mark.parametrize(
+    ("weights", "message"),
+    [
+        (torch.zeros(LAYERS, KV_HEADS, 85).double(), "dtype torch.float64, expected torch.float32"),
+        (torch.zeros(LAYERS, KV_HEADS, 84), r"shape \(3, 2, 84\), expected \(3, 2, 85\)"),
+        (torch.full((LAYERS, KV_HEADS, 85), torch.inf), "not finite"),
+    ],
+)
+def test_a_predictor_is_checked_where_there_is_one(tmp_path: Path, weights: Tensor, message: str) -> None:
+    made = made_for()
+    assert made.predictor is None
+    with pytest.raises(CalibrationError, match=f"predictor of the calibration has .*{message}"):
+        save(replace(made, tensors={**made.tensors, "predictor": weights}), tmp_path / "never")
+    right = torch.ones(LAYERS, KV_HEADS, 1 + HEAD_DIM + HEAD_DIM // 2 + HEAD_DIM + 4)
+    save(replace(made, tensors={**made.tensors, "predictor": right}), tmp_path / "made")
+    back = load(tmp_path / "made").predictor
+    assert back is not None and torch.equal(back, right)
 
 
 def test_later_tensors_are_no_obstacle(tmp_path: Path) -> None:
@@ -471,10 +600,12 @@ def test_command_makes_what_a_server_finds(tiny: Callable[[str], Path], family: 
     assert found is not None and found.folder == cache / "calibrations" / fingerprint(model)
     assert found.card.geometry == GEOMETRY
     assert found.rank_utility.shape == (LAYERS, KV_HEADS, 128)
+    assert found.predictor is not None and found.predictor.isfinite().all()
     details = found.card.details
     assert found.card.model == model.name
     assert [text["tokens"] for text in details["texts"]] == [150, 150]
     assert len({text["sha256"] for text in details["texts"]}) == 2
+    assert set(details["metrics"]["predictor_held_out"]["kept"]) == {"0.25", "0.1"}
     assert details["pass"]["chat_template"] == (family != "mistral")
     assert set(details["shares"]) == {"0.5", "0.25", "0.1", "0.05"}
     for ratio, share in details["shares"].items():
@@ -497,6 +628,10 @@ def test_command_writes_where_it_is_told(tiny: Callable[[str], Path], tmp_path: 
     # Nothing is drawn at random.
     made = calibrate(str(model), tmp_path / "again", texts=1, tokens=64)
     assert torch.equal(made.rank_utility, found.rank_utility)
+    assert made.predictor is not None and found.predictor is not None
+    assert torch.equal(made.predictor, found.predictor)
+    # With one text there is none to hold out.
+    assert "predictor_held_out" not in made.card.details["metrics"]
 
 
 @pytest.mark.parametrize(
@@ -555,5 +690,9 @@ def test_shipped_calibration_belongs_to_the_embedded_model(smollm2_path: str) ->
     # Nothing in it is of the machine it was made on.
     assert "/" not in shipped.card.model
     assert shipped.card.details["metrics"]["repeat_accuracy"] > 0.8
+    assert shipped.predictor is not None and shipped.predictor.shape == (30, 3, 165)
+    held_out = shipped.card.details["metrics"]["predictor_held_out"]
+    for kept in held_out["kept"].values():
+        assert kept["predictor"] > 0.95 * kept["oracle"] > kept["random"]
     shares_of_quarter = torch.tensor(shipped.card.details["shares"]["0.25"]["heads"])
     torch.testing.assert_close(shares_of_quarter, shares(shipped.rank_utility, 0.25), atol=1e-3, rtol=0)

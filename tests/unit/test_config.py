@@ -121,6 +121,25 @@ def test_scorers_are_looked_up_by_name() -> None:
         config.check_scorers(["snapkv", "delta"])
 
 
+@pytest.mark.parametrize(
+    ("given", "calibration", "predictor", "scorer"),
+    [
+        ({}, "/made", True, "predictor"),
+        ({}, "/made", False, "tova"),
+        ({}, None, False, "distinct"),
+        ({"dealing": "equal"}, None, False, "tova"),
+        # Found for the sake of a scorer that requests may name.
+        ({"dealing": "equal"}, "/made", True, "tova"),
+        ({"scorer": "keydiff"}, "/made", True, "keydiff"),
+    ],
+)
+def test_auto_depends_on_what_was_found(
+    given: dict[str, str], calibration: str | None, predictor: bool, scorer: str
+) -> None:
+    config = DeltaMemConfig(**given).resolved(calibration, predictor=predictor)
+    assert (config.scorer, config.calibration) == (scorer, calibration or "none")
+
+
 def test_pure_modules_import_neither_torch_nor_vllm() -> None:
     code = (
         "import sys, deltamem_vllm.config, deltamem_vllm.request_options, deltamem_vllm.versions, "

@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 
 from deltamem_vllm.scoring import reference, registry
 from deltamem_vllm.scoring.base import Scorer, ScoreView, select_survivors
+from deltamem_vllm.scoring.features import feature_parts, feature_widths
 
 
 def make_view(
@@ -46,6 +47,20 @@ SHAPES = [
 ]
 
 
+def weights_for(dim: int = 8, heads: int = 2, layers: int = 3) -> torch.Tensor:
+    """Of a predictor that nobody fitted."""
+    gen = torch.Generator().manual_seed(3)
+    return torch.randn(layers, heads, sum(feature_widths(dim, dim)), generator=gen) * 0.05
+
+
+def load(name: str, heads: int = 2) -> Scorer:
+    """A scorer that can rate views of the tests."""
+    scorer = registry.load_scorer(name)
+    if scorer.learned is not None:
+        scorer.bind(weights_for(heads=heads))
+    return scorer
+
+
 class TestScores:
     @pytest.mark.parametrize("name", ["delta", "snapkv", "tova", "distinct", "keydiff"])
     @pytest.mark.parametrize("shape", SHAPES)
@@ -56,6 +71,44 @@ class TestScores:
         assert got.dtype == torch.float32
         # float32 against float64; the delta-score squares and cancels, so it is the least exact of them.
         torch.testing.assert_close(got.double(), expected, rtol=1e-3, atol=1e-4)
+
+    @pytest.mark.parametrize("shape", SHAPES)
+    def test_predictor_matches_definition(self, shape: dict) -> None:
+        view = make_view(**shape)
+        expected = reference.predictor(view, weights_for(heads=view.num_kv_heads))
+        got = load("predictor", view.num_kv_heads).score(view)
+        assert got.dtype == torch.float32
+        torch.testing.assert_close(got.double(), expected, rtol=1e-4, atol=0)
+        phi = torch.cat(feature_parts(view.keys, view.values), -1)
+        assert phi.shape[2] == sum(feature_widths(8, 8))
+        for head in range(view.num_kv_heads):
+            rows = [reference.features(view, head, j) for j in range(view.num_resident)]
+            torch.testing.assert_close(phi[head].double(), torch.tensor(rows, dtype=torch.float64))
+
+    def test_predictor_rates_heads_one_by_one_as_together(self) -> None:
+        """After a first compaction heads hold different numbers of entries."""
+        scorer = load("predictor", 3)
+        view = make_view(kv_heads=3, group=1)
+        together = scorer.score(view)
+        for head in range(3):
+            part = slice(head, head + 1)
+            alone = ScoreView(view.keys[part], view.values[part], None, view.scale, view.layer, view.seed, head)
+            torch.testing.assert_close(scorer.score(alone)[0], together[head])
+        # It is the head and the layer that count, not the place in the view.
+        other = ScoreView(view.keys[1:2], view.values[1:2], None, view.scale, view.layer, view.seed, 0)
+        assert not torch.allclose(scorer.score(other)[0], together[1])
+        above = ScoreView(view.keys, view.values, None, view.scale, 2, view.seed)
+        assert not torch.allclose(scorer.score(above), together)
+
+    def test_predictor_says_what_it_lacks(self) -> None:
+        with pytest.raises(ValueError, match="'predictor' has no weights.*deltamem calibrate"):
+            registry.load_scorer("predictor").score(make_view())
+        with pytest.raises(ValueError, match="are for 2 kv heads and 25 features, but heads 0 to 2 with 25"):
+            load("predictor", 2).score(make_view(kv_heads=3))
+        with pytest.raises(ValueError, match="are for 2 kv heads and 25 features, but heads 0 to 1 with 15"):
+            load("predictor", 2).score(make_view(dim=4))
+        with pytest.raises(ValueError, match="'tova' learns nothing from a calibration"):
+            registry.load_scorer("tova").bind(torch.ones(1))
 
     def test_attention_hides_later_entries(self) -> None:
         view = make_view()
@@ -122,7 +175,7 @@ class TestScores:
     def test_inputs_are_left_alone(self, name: str) -> None:
         view = make_view()
         before = [view.keys.clone(), view.values.clone(), view.queries.clone()]
-        scores = registry.load_scorer(name).score(view)
+        scores = load(name).score(view)
         assert scores.shape == (2, 19)
         assert scores.is_contiguous()
         for old, new in zip(before, [view.keys, view.values, view.queries], strict=True):
@@ -132,7 +185,7 @@ class TestScores:
     def test_query_need_is_declared(self, name: str) -> None:
         view = make_view()
         blind = ScoreView(view.keys, view.values, None, view.scale)
-        scorer = registry.load_scorer(name)
+        scorer = load(name)
         if scorer.needs_queries:
             with pytest.raises(ValueError, match="needs_queries"):
                 scorer.score(blind)
@@ -248,7 +301,8 @@ def foreign(monkeypatch: pytest.MonkeyPatch):
 
 class TestRegistry:
     def test_builtins_without_metadata(self, foreign) -> None:
-        assert registry.scorer_names() == ("delta", "snapkv", "tova", "distinct", "keydiff", "streaming", "random")
+        names = ("delta", "snapkv", "tova", "predictor", "distinct", "keydiff", "streaming", "random")
+        assert registry.scorer_names() == names
         assert set(registry.available_scorers()) == set(registry.scorer_names())
 
     def test_metadata_that_repeats_the_builtins_is_no_duplicate(self, foreign) -> None:

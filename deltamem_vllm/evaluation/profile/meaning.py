@@ -48,6 +48,11 @@ _MEANINGS = {
         "partly",
         "It is measured in the head's own output, whose size differs between heads and layers.",
     ),
+    "predictor": Meaning(
+        "attention to come, as the model's calibration predicts it",
+        "yes",
+        "Every head's prediction is of the same thing: the largest share of a query's attention.",
+    ),
     "distinct": Meaning(
         "distance of key and value from those of their head",
         "yes",

@@ -1,0 +1,50 @@
+# SPDX-License-Identifier: Apache-2.0
+# SPDX-FileCopyrightText: Copyright contributors to the deltamem project
+"""Predictor: what a calibration learned to expect of an entry from its key and value."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from deltamem_vllm.scoring.base import Scorer, ScoreView
+from deltamem_vllm.scoring.features import feature_parts, feature_widths
+
+
+class PredictorScorer(Scorer):
+    """The attention that an entry will receive, by a linear map that each kv head has of its own.
+
+    ``exp(w . phi)``: the largest share of a query's attention that an entry is expected to get when its text is looked
+    up, with ``w`` of `deltamem calibrate` (`deltamem_vllm.calibration.predictor`) and ``phi`` of
+    `deltamem_vllm.scoring.features`. One unit for all heads and layers, so scores compare.
+    """
+
+    name = "predictor"
+    summary = "attention to come, as the model's calibration predicts it from keys and values; compares across heads"
+    source = "deltamem; the attention it learns to predict is that of KVzip, arXiv 2505.23416"
+    comparable = True
+    learned = "predictor"
+
+    def __init__(self) -> None:
+        self._weights: Tensor | None = None
+
+    def bind(self, learned: Tensor) -> None:
+        """Take the weights, ``[layers, kv heads of this rank, features]`` float32 on the device of the views."""
+        self._weights = learned
+
+    def score(self, view: ScoreView) -> Tensor:
+        if self._weights is None:
+            raise ValueError("scorer 'predictor' has no weights: bind those of a calibration (`deltamem calibrate`)")
+        keys, values = view.keys_f32, view.values_f32
+        widths = feature_widths(keys.shape[2], values.shape[2])
+        weights = self._weights[view.layer, view.first_head : view.first_head + view.num_kv_heads]
+        if weights.shape != (view.num_kv_heads, sum(widths)):
+            raise ValueError(
+                f"weights are for {self._weights.shape[1]} kv heads and {self._weights.shape[2]} features, but heads "
+                f"{view.first_head} to {view.first_head + view.num_kv_heads - 1} with {sum(widths)} features are "
+                "asked for; calibrate the model that is served"
+            )
+        expected = torch.zeros(keys.shape[:2], device=keys.device)
+        for part, weight in zip(feature_parts(keys, values), torch.split(weights, list(widths), 1), strict=True):
+            expected += (part @ weight.unsqueeze(2)).squeeze(2)
+        return expected.exp_()
