@@ -16,6 +16,7 @@ from deltamem_vllm import __version__
 from deltamem_vllm.calibration.artifact import Calibration, Card, cached_place, check_place, save
 from deltamem_vllm.calibration.errors import CalibrationError
 from deltamem_vllm.calibration.fingerprint import Geometry, fingerprint, geometry_of, read_config
+from deltamem_vllm.models.full_attention import other_than_full_attention
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -119,23 +120,7 @@ def _refuse_unserved(folder: Path) -> None:
         config: Any = AutoConfig.from_pretrained(folder)
     except (OSError, ValueError) as error:
         raise CalibrationError(f"transformers cannot read the configuration in {folder}: {error}") from error
-    found = ""
-    if config.is_encoder_decoder:
-        found = "an encoder and a decoder"
-    elif config.get_text_config() is not config:
-        found = "several modalities"
-    elif getattr(config, "kv_lora_rank", None):
-        found = f"multi-head latent attention (kv_lora_rank={config.kv_lora_rank})"
-    elif other := sorted(set(getattr(config, "layer_types", None) or []) - {"full_attention"}):
-        found = f"layers of type {', '.join(other)}"
-    elif getattr(config, "sliding_window", None) and getattr(config, "use_sliding_window", True):
-        found = f"sliding-window attention (sliding_window={config.sliding_window})"
-    elif getattr(config, "attention_chunk_size", None):
-        found = f"chunked-local attention (attention_chunk_size={config.attention_chunk_size})"
-    elif getattr(config, "alibi", False) or config.model_type in ("bloom", "mpt"):
-        found = "ALiBi"
-    elif getattr(config, "num_kv_shared_layers", 0):
-        found = f"layers that share KV (num_kv_shared_layers={config.num_kv_shared_layers})"
+    found = other_than_full_attention(config)
     if found:
         raise CalibrationError(
             f"{config.model_type} has {found}; deltamem serves, and calibrates, decoder-only text models with full "

@@ -13,6 +13,7 @@ from deltamem_vllm.evaluation.plan.catalog import did_you_mean, find_known_model
 from deltamem_vllm.evaluation.plan.errors import PlanError
 from deltamem_vllm.evaluation.plan.formats import WeightFormat
 from deltamem_vllm.evaluation.plan.tensors import Parameter, build_parameters
+from deltamem_vllm.models.full_attention import other_than_full_attention
 
 _REQUIRED = ("num_hidden_layers", "num_attention_heads", "hidden_size", "vocab_size", "max_position_embeddings")
 
@@ -149,18 +150,9 @@ def _find_config(name: str) -> tuple[Any, str, str]:
 
 def _refuse_unplanned(config: Any, name: str) -> None:
     """Raise for models whose KV cache is more than full attention with one shape in every layer."""
-    found = ""
-    if getattr(config, "is_encoder_decoder", False):
-        found = "an encoder and a decoder"
-    elif config.get_text_config() is not config:
-        found = "several modalities"
-    elif getattr(config, "kv_lora_rank", None):
-        found = f"multi-head latent attention (kv_lora_rank={config.kv_lora_rank})"
-    elif other := sorted(set(getattr(config, "layer_types", None) or []) - {"full_attention"}):
-        found = f"layers of type {', '.join(other)}"
-    elif getattr(config, "sliding_window", None) and getattr(config, "use_sliding_window", True):
-        found = f"sliding-window attention (sliding_window={config.sliding_window})"
-    elif missing := [field for field in _REQUIRED if not isinstance(getattr(config, field, None), int)]:
+    found = other_than_full_attention(config)
+    missing = [field for field in _REQUIRED if not isinstance(getattr(config, field, None), int)]
+    if not found and missing:
         found = f"no {', '.join(missing)} in its configuration"
     if found:
         raise PlanError(
