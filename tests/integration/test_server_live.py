@@ -200,15 +200,18 @@ def test_metrics_and_json_show_what_was_evicted(server: Server) -> None:
 
 
 def test_live_levels_are_below_the_logical_ones(server: Server) -> None:
+    seen: list[tuple[int, int]] = []
     with ThreadPoolExecutor(1) as client:
-        answer = client.submit(server.complete, _prompt(11), 300)
-        seen = []
-        while not answer.done():
-            levels = server.engine()["totals"]["levels"]
-            if levels["compacted_requests"]:
-                seen.append((levels["resident_tokens"], levels["logical_tokens"]))
-            time.sleep(0.05)
-        assert answer.result().status_code == 200
+        for attempt in range(10):  # a busy machine may not get to look while the request runs
+            answer = client.submit(server.complete, _prompt(11 + attempt), 300)
+            while not answer.done():
+                levels = server.engine()["totals"]["levels"]
+                if levels["compacted_requests"]:
+                    seen.append((levels["resident_tokens"], levels["logical_tokens"]))
+                time.sleep(0.02)
+            assert answer.result().status_code == 200
+            if seen:
+                break
     assert seen
     assert all(resident < 0.6 * logical for resident, logical in seen)
 
