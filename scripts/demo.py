@@ -29,7 +29,7 @@ from deltamem_vllm.models.errors import ModelError
 TASK: Task = "multikey"
 INDEX, SEED, PROMPT_TOKENS = 5, 1, 3664
 SCORER = "tova"
-WHY = ": level with the best at a quarter, best at a tenth (docs/results/needle.md)"
+WHY = ": the best at a quarter with the question in the prompt (docs/results/dealing.md)"
 BAR = 40
 
 
