@@ -19,6 +19,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from deltamem_vllm.calibration.checks import AGAIN, check_tensors, without_other_features
 from deltamem_vllm.calibration.errors import CalibrationError
 from deltamem_vllm.calibration.fingerprint import Geometry, fingerprint, model_folder
 from deltamem_vllm.models.store import cache_root, sha256_of
@@ -32,7 +33,6 @@ FORMAT_VERSION = 1
 TENSORS = "calibration.safetensors"
 CARD = "card.json"
 SHIPPED = Path(__file__).parent / "shipped"
-_AGAIN = "make a new one: deltamem calibrate"
 
 
 @dataclass(frozen=True)
@@ -67,7 +67,7 @@ class Calibration:
         Where it comes from.
     tensors : dict of Tensor
         By name, float32 on the CPU. `rank_utility` is always there, `predictor` unless it was made by a version of
-        deltamem that knew none.
+        deltamem that knew none, or one with other features.
     folder : Path or None
         Where it was loaded from.
     """
@@ -101,7 +101,7 @@ def save(made: Calibration, folder: Path, force: bool = False) -> None:
     """
     from safetensors.torch import save as to_bytes
 
-    _check_tensors(made.tensors, made.card.geometry, "the calibration")
+    check_tensors(made.tensors, made.card.geometry, "the calibration")
     check_place(folder, force)
     folder.parent.mkdir(parents=True, exist_ok=True)
     scratch = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
@@ -144,15 +144,16 @@ def load(folder: Path) -> Calibration:
     card = _card_of(raw, folder)
     path = folder / TENSORS
     if not path.is_file():
-        raise CalibrationError(f"{path} is missing; {_AGAIN}")
+        raise CalibrationError(f"{path} is missing; {AGAIN}")
     found, stated = sha256_of(path), raw.get("tensors_sha256")
     if found != stated:
-        raise CalibrationError(f"{path} has sha256 {found}, its card says {stated}: one of the two changed; {_AGAIN}")
+        raise CalibrationError(f"{path} has sha256 {found}, its card says {stated}: one of the two changed; {AGAIN}")
     try:
         tensors = load_file(path)
     except SafetensorError as error:
-        raise CalibrationError(f"{path} cannot be read: {error}; {_AGAIN}") from error
-    _check_tensors(tensors, card.geometry, str(path))
+        raise CalibrationError(f"{path} cannot be read: {error}; {AGAIN}") from error
+    tensors = without_other_features(tensors, card.geometry, str(path))
+    check_tensors(tensors, card.geometry, str(path))
     return Calibration(card, tensors, folder)
 
 
@@ -225,7 +226,7 @@ def _named(place: Path, model: str | Path, folder: Path | None) -> Calibration:
     if own != chosen.card.fingerprint:
         raise CalibrationError(
             f"calibration={place} was made for {chosen.card.model} (fingerprint {chosen.card.fingerprint}), but "
-            f"{model} has fingerprint {own}; {_AGAIN} {model}"
+            f"{model} has fingerprint {own}; {AGAIN} {model}"
         )
     return chosen
 
@@ -237,12 +238,12 @@ def _read_card(folder: Path) -> dict[str, Any]:
     except FileNotFoundError as error:
         raise CalibrationError(f"{folder} has no {CARD}; name a folder that `deltamem calibrate` wrote") from error
     except (OSError, ValueError) as error:
-        raise CalibrationError(f"{path} cannot be read: {error}; {_AGAIN}") from error
+        raise CalibrationError(f"{path} cannot be read: {error}; {AGAIN}") from error
     if not isinstance(card, dict):
-        raise CalibrationError(f"{path} is not a JSON object; {_AGAIN}")
+        raise CalibrationError(f"{path} is not a JSON object; {AGAIN}")
     if card.get("format_version") != FORMAT_VERSION:
         raise CalibrationError(
-            f"{path} has format_version {card.get('format_version')}, this deltamem reads {FORMAT_VERSION}; {_AGAIN}"
+            f"{path} has format_version {card.get('format_version')}, this deltamem reads {FORMAT_VERSION}; {AGAIN}"
         )
     return card
 
@@ -255,7 +256,7 @@ def _card_of(raw: Mapping[str, Any], folder: Path) -> Card:
         model, own, sizes = rest.pop("model"), rest.pop("fingerprint"), rest.pop("geometry")
         return Card(str(model), str(own), Geometry(**{name: int(size) for name, size in sizes.items()}), rest)
     except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise CalibrationError(f"{folder / CARD} states no usable model, fingerprint or geometry; {_AGAIN}") from error
+        raise CalibrationError(f"{folder / CARD} states no usable model, fingerprint or geometry; {AGAIN}") from error
 
 
 def _card_text(card: Card, checksum: str) -> str:
@@ -270,42 +271,3 @@ def _card_text(card: Card, checksum: str) -> str:
     text = json.dumps(content, indent=1)
     # A list of numbers on one line: the table of shares is to be read.
     return re.sub(r"\[[\d\s.,e+-]+\]", lambda found: " ".join(found[0].split()), text) + "\n"
-
-
-def _check_tensors(tensors: Mapping[str, Tensor], geometry: Geometry, where: str) -> None:
-    import torch
-
-    if "rank_utility" not in tensors:
-        raise CalibrationError(f"{where} has no tensor rank_utility; {_AGAIN}")
-    profile = tensors["rank_utility"]
-    expected = (geometry.layers, geometry.kv_heads)
-    problem = ""
-    if profile.dtype != torch.float32:
-        problem = f"dtype {profile.dtype}, expected torch.float32"
-    elif profile.dim() != 3 or tuple(profile.shape[:2]) != expected or profile.shape[2] < 1:
-        problem = f"shape {tuple(profile.shape)}, expected ({expected[0]}, {expected[1]}, quantiles)"
-    elif not bool(profile.isfinite().all()):
-        problem = "entries that are not finite"
-    elif bool((profile < 0).any()) or bool((profile.diff(dim=-1) > 0).any()):
-        problem = "entries below zero or above the one before them"
-    if problem:
-        raise CalibrationError(f"rank_utility of {where} has {problem}; {_AGAIN}")
-    if "predictor" in tensors:
-        _check_predictor(tensors["predictor"], geometry, where)
-
-
-def _check_predictor(weights: Tensor, geometry: Geometry, where: str) -> None:
-    import torch
-
-    from deltamem_vllm.scoring.features import feature_widths
-
-    expected = (geometry.layers, geometry.kv_heads, sum(feature_widths(geometry.head_dim, geometry.head_dim)))
-    problem = ""
-    if weights.dtype != torch.float32:
-        problem = f"dtype {weights.dtype}, expected torch.float32"
-    elif tuple(weights.shape) != expected:
-        problem = f"shape {tuple(weights.shape)}, expected {expected}"
-    elif not bool(weights.isfinite().all()):
-        problem = "entries that are not finite"
-    if problem:
-        raise CalibrationError(f"predictor of {where} has {problem}; {_AGAIN}")

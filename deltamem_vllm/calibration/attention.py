@@ -131,10 +131,13 @@ def attend_and_peak(
     rows = max(1, piece_elements // (heads * length))
     for start in range(0, queries, rows):
         part = slice(start, min(start + rows, queries))
-        logits = torch.matmul(grouped[:, :, part], key.unsqueeze(1).transpose(-1, -2)).float().mul_(scale)
+        # One product per kv head: one per query head would copy the keys for each of them.
+        asking = grouped[:, :, part].reshape(kv_heads, -1, dim)
+        logits = torch.bmm(asking, key.mT).float().mul_(scale).view(kv_heads, heads // kv_heads, -1, length)
         logits.masked_fill_(~_visible(queries, length, part.start, part.stop, query.device), float("-inf"))
         weights = logits.softmax(-1)
-        out[:, :, part] = torch.matmul(weights.to(value.dtype), value.unsqueeze(1))
+        read = torch.bmm(weights.to(value.dtype).view(kv_heads, -1, length), value)
+        out[:, :, part] = read.view(kv_heads, heads // kv_heads, -1, dim)
         peak = torch.maximum(peak, weights[..., entries.start : entries.stop].amax((1, 2)))
     return out.reshape(heads, queries, dim), peak
 
