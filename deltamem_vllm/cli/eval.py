@@ -112,7 +112,7 @@ def _measure(grid: Grid, model: str, path: str, out: Path, workers: int, say: Ca
     from deltamem_vllm.evaluation import machine
     from deltamem_vllm.evaluation.child import ChildFailed
     from deltamem_vllm.evaluation.eval.encode import EncodingError
-    from deltamem_vllm.evaluation.eval.plan import all_keys
+    from deltamem_vllm.evaluation.eval.plan import planned_keys
     from deltamem_vllm.evaluation.eval.plots import PlotsUnavailable, check_plots, write_plots
     from deltamem_vllm.evaluation.eval.report import write_report
     from deltamem_vllm.evaluation.eval.run import DECISIVE, Evaluation, WindowCutShort
@@ -132,7 +132,7 @@ def _measure(grid: Grid, model: str, path: str, out: Path, workers: int, say: Ca
         check_plots()
         results = Results(folder / "eval.jsonl")
         evaluation = Evaluation(grid, path, AutoTokenizer.from_pretrained(path), conditions, results, folder, say)
-        keys, command = all_keys(grid), machine.command_line()
+        keys, command = planned_keys(grid), machine.command_line()
 
         def report(plots: Sequence[Path] = ()) -> None:
             write_report(folder / "eval.md", results, evaluation.run_id, command, plots, keys)
@@ -150,7 +150,7 @@ def _measure(grid: Grid, model: str, path: str, out: Path, workers: int, say: Ca
 
 def _report_again(folder: Path, say: Callable[[str], None]) -> None:
     from deltamem_vllm.evaluation.eval.grid import Grid
-    from deltamem_vllm.evaluation.eval.plan import all_keys
+    from deltamem_vllm.evaluation.eval.plan import planned_keys
     from deltamem_vllm.evaluation.eval.plots import PlotsUnavailable, write_plots
     from deltamem_vllm.evaluation.eval.report import write_report
     from deltamem_vllm.evaluation.eval.tables import CONDITIONS, NothingMeasured
@@ -163,7 +163,7 @@ def _report_again(folder: Path, say: Callable[[str], None]) -> None:
         run = results.runs()[-1]
         conditions = results.cells(run)[CONDITIONS]
         plots = write_plots(folder / "plots", results, run)
-        keys = all_keys(Grid(**conditions["grid"]))
+        keys = planned_keys(Grid(**conditions["grid"]))
         write_report(folder / "eval.md", results, run, conditions["command"], plots, keys)
     except (NothingMeasured, PlotsUnavailable, ResultsDamaged) as error:
         say(str(error))

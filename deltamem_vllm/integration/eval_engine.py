@@ -30,10 +30,14 @@ from vllm import __version__ as vllm_version
 from vllm.engine.arg_utils import EngineArgs
 from vllm.v1.engine.llm_engine import LLMEngine
 
+from deltamem_vllm.evaluation.eval.grid import KVZIP
+from deltamem_vllm.evaluation.eval.kvzip import register
+from deltamem_vllm.integration.eval_kvzip import KVzipReference
 from deltamem_vllm.integration.ledger import verify_ledger
 from deltamem_vllm.integration.ledger_instruments import INSTRUMENTS
 from deltamem_vllm.integration.parent_pipe import ParentPipe
 from deltamem_vllm.integration.replay import EXTRA_ARG, Replay, Script
+from deltamem_vllm.request_options import SCORER
 
 _EMPTY_CELL: dict[str, Any] = {
     "skipped": True,
@@ -63,6 +67,7 @@ class Session:
 
     def __init__(self, engine_args: dict[str, Any]) -> None:
         verify_ledger(INSTRUMENTS)
+        register()
         arguments = EngineArgs(
             **engine_args, logits_processors=[Replay], async_scheduling=False, disable_log_stats=True
         )
@@ -77,6 +82,12 @@ class Session:
         self._schedule = self._scheduler.schedule
         self._scheduler.schedule = self._watched_schedule
         config = core.vllm_config
+        worker = core.model_executor.driver_worker.worker
+        self._kvzip: KVzipReference | None = None
+        if getattr(worker, "deltamem", None) is not None and KVZIP in worker.deltamem.compactor.scorers:
+            device = config.device_config.device_type
+            at_work = config.scheduler_config.max_num_seqs
+            self._kvzip = KVzipReference(worker, engine_args["model"], device, keep=at_work)
         model, parallel = config.model_config, config.parallel_config
         self.facts = {
             "vllm": vllm_version,
@@ -110,6 +121,8 @@ class Session:
                     continue
                 done = self._running.pop(output.request_id)
                 del Replay.scripts[done.name]
+                if self._kvzip is not None:
+                    self._kvzip.forget(done.internal_id)
                 yield self._cell(done, output, references[done.sample])
                 yield from self._skip(left[done.sample], references[done.sample])
                 if left[done.sample]:
@@ -145,6 +158,9 @@ class Session:
         self._engine.add_request(name, {"prompt_token_ids": request["prompt"]}, params)
         # The engine appends a random suffix to the ids that callers give.
         (internal,) = [known for known in self._scheduler.requests if known.startswith(f"{name}-") or known == name]
+        if request["options"].get(SCORER) == KVZIP:
+            assert self._kvzip is not None, "the grid names every scorer to the engine that serves it"
+            self._kvzip.prepare(internal, request["prompt"])
         self._running[name] = _Running(name, request, script, sample, internal, time.perf_counter())
 
     def _watched_schedule(self, *args: Any, **kwargs: Any) -> Any:

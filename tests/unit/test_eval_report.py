@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 
 from deltamem_vllm.evaluation.eval.aggregate import Residence
-from deltamem_vllm.evaluation.eval.comparison import compare
+from deltamem_vllm.evaluation.eval.comparison import Versus, compare, versus
 from deltamem_vllm.evaluation.eval.heat_maps import depth_map
 from deltamem_vllm.evaluation.eval.plot_style import styles
 from deltamem_vllm.evaluation.eval.plots import PlotsUnavailable, write_plots
@@ -149,6 +149,26 @@ def test_only_differences_that_pairs_show_are_called_differences(tmp_path: Path)
     assert {policy: one.standing for policy, one in drops.items()} == {"good": "best", "level": "level", "bad": "worse"}
 
 
+def test_named_pairs_are_compared_on_the_same_questions(tmp_path: Path) -> None:
+    results = save(tmp_path / "e.jsonl", hand_made())
+    grid_with_pairs = {"pairs": [["good", "bad"], ["bad", "level"], ["good", "absent"]]}
+    results.add(RUN, CONDITIONS, THE_CONDITIONS | {"grid": grid_with_pairs})
+    table = EvalTable(results, RUN)
+    groups = table.asked_groups(4096, "aware")
+    # Sample 9, which the full cache does not solve, is neither won nor lost.
+    assert versus(table, groups, 0.25, "good", "bad") == Versus(9, 0, 9, 2 / 2**9)
+    assert versus(table, groups, 0.25, "bad", "level") == Versus(0, 8, 9, 2 / 2**8)
+    assert versus(table, groups, 0.25, "good", "absent") is None
+    retention = section(render(table, RUN, "deltamem eval"), "Retention at equal bytes")
+    assert "| aware | 4096 | good : bad | - | **9:0 of 9** |" in retention
+    assert "| aware | 4096 | bad : level | - | **0:8 of 9** |" in retention
+    assert "good : absent" not in retention
+    few = [one for one in hand_made() if one["index"] < 3]
+    results = save(tmp_path / "few.jsonl", few)
+    results.add(RUN, CONDITIONS, THE_CONDITIONS | {"grid": grid_with_pairs})
+    assert "| good : bad | - | 3:0 of 3 |" in render(EvalTable(results, RUN), RUN, "deltamem eval")
+
+
 def test_ties_are_all_best_and_unpaired_samples_prove_nothing(tmp_path: Path) -> None:
     rows = [row("full", 1.0, [True], index=i) for i in range(40)]
     rows += [row("a", 0.25, [True], index=i) for i in range(20)]
@@ -205,15 +225,15 @@ def test_the_report_shows_the_figures_of_hand_made_rows(tmp_path: Path) -> None:
     text = render(EvalTable(save(tmp_path / "e.jsonl", hand_made()), RUN), RUN, "deltamem eval")
     retention = section(text, "Retention at equal bytes")
     assert "| aware | 4096 | **fp8** 1.00 | **good** 1.00 = level |" in retention
-    assert "The full cache solves 9 of 10 questions of 1 task." in retention
+    assert "The full cache solves 9 of 10 questions of 1 task: niah 9/10." in retention
     assert "| full | 1 | 1 |" in retention
-    assert "| fp8 | **1.00 (.70-1.00)** | - |" in retention
-    assert "| good | - | **1.00 (.70-1.00)** |" in retention
-    assert "| level | - | .89 (.57-.98) = |" in retention
-    assert "| bad | - | .00 (.00-.30) |" in retention
+    assert "| fp8 | **1.00 (.70-1.00) n=9** | - |" in retention
+    assert "| good | - | **1.00 (.70-1.00) n=9** |" in retention
+    assert "| level | - | .89 (.57-.98) n=9 = |" in retention
+    assert "| bad | - | .00 (.00-.30) n=9 |" in retention
     drop = section(text, "Log-prob of the right answer lost, nats per token")
-    assert "| level | - | 0.10 (0.10 to 0.10) = |" in drop
-    assert "| bad | - | 2.10 (2.04 to 2.16) |" in drop
+    assert "| level | - | 0.10 (0.10 to 0.10) n=10 = |" in drop
+    assert "| bad | - | 2.10 (2.04 to 2.16) n=10 |" in drop
     assert "| niah | 9/10 (.60-.98) |" in section(text, "What the full cache solves")
     held = section(text, "Bytes held")
     assert "| 4096 | full (at 100%) | 100.0% (most 100.0%) | - |" in held
@@ -227,7 +247,7 @@ def test_the_report_shows_the_figures_of_hand_made_rows(tmp_path: Path) -> None:
     assert "model toy-model, seed 1" in measured and "block_size=32" in measured and '"tasks": [' in measured
 
 
-def test_a_task_that_the_full_cache_fails_is_shown_and_left_out(tmp_path: Path) -> None:
+def test_of_a_task_that_the_full_cache_fails_only_solved_questions_count(tmp_path: Path) -> None:
     rows = hand_made()
     for i in range(10):
         rows.append(row("full", 1.0, [i < 4], task="hard", index=i))
@@ -236,10 +256,14 @@ def test_a_task_that_the_full_cache_fails_is_shown_and_left_out(tmp_path: Path) 
     assert [group.task for group in table.pooled_groups(4096, "aware")] == ["niah"]
     text = render(table, RUN, "deltamem eval")
     assert "| hard | 4/10 (.17-.69) full cache fails |" in section(text, "What the full cache solves")
-    assert "| bad | - | .00 (.00-.30) |" in section(text, "Retention at equal bytes")
-    assert "Left out, full cache fails: hard." in section(text, "Retention at equal bytes")
+    retention = section(text, "Retention at equal bytes")
+    assert "The full cache solves 13 of 20 questions of 2 tasks: hard 4/10, niah 9/10." in retention
+    assert "| bad | - | .31 (.13-.58) n=13 |" in retention
+    drop = section(text, "Log-prob of the right answer lost, nats per token")
+    assert "| bad | - | 2.10 (2.04 to 2.16) n=10 |" in drop
+    assert "Left out, full cache fails: hard." in drop
     assert "| full 100% | 4/10 full cache fails | 9/10 |" in section(text, "Task by task")
-    assert "| bad 25% | - | 0/9 (.00-.30) |" in section(text, "Task by task")
+    assert "| bad 25% | 4/4 (.51-1.00) | 0/9 (.00-.30) |" in section(text, "Task by task")
     assert "Full cache fails: hard (wherever asked)." in section(text, "Shortcomings of this run")
 
 
@@ -299,7 +323,7 @@ def test_rows_before_their_full_cache_are_named_not_pooled(tmp_path: Path) -> No
     table = EvalTable(save(tmp_path / "e.jsonl", rows), RUN)
     retention = section(render(table, RUN, "deltamem eval"), "Retention at equal bytes")
     assert "Left out, full cache not measured yet: late." in retention
-    assert "| good | - | **1.00 (.70-1.00)** |" in retention
+    assert "| good | - | **1.00 (.70-1.00) n=9** |" in retention
 
 
 def test_a_cell_of_fewer_samples_says_so(tmp_path: Path) -> None:

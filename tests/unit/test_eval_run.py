@@ -11,11 +11,12 @@ from typing import Any
 import pytest
 
 from deltamem_vllm.evaluation.eval import run as run_module
+from deltamem_vllm.evaluation.eval.drawing import Drawing
 from deltamem_vllm.evaluation.eval.encode import Encoder, EncodingError, aligned_sample, computed_after_hit
 from deltamem_vllm.evaluation.eval.endpoint import is_in
 from deltamem_vllm.evaluation.eval.engine import Cell, Request
 from deltamem_vllm.evaluation.eval.grid import Grid, GridError, find_grid, grid_files, load_grid, narrowed, parse_grid
-from deltamem_vllm.evaluation.eval.plan import all_keys, engine_args, engine_specs
+from deltamem_vllm.evaluation.eval.plan import all_keys, cell_key, engine_args, engine_specs
 from deltamem_vllm.evaluation.eval.run import Evaluation, WindowCutShort
 from deltamem_vllm.evaluation.eval.tables import CONDITIONS
 from deltamem_vllm.evaluation.results import Results
@@ -94,6 +95,9 @@ def test_two_turns_only_where_there_is_a_second_question() -> None:
         ({"policy": {"windows": 3}}, "unknown key 'windows' .did you mean 'window'"),
         ({"policies": [{"name": "a", "scorer": "tova", "config": {"window": 0}}]}, "window: got 0"),
         ({"colour": 1}, "colour"),
+        ({"solved": {4096: 5}}, "solved names length 4096, which is none of 512, 1024"),
+        ({"pairs": [["tova", "nova"]]}, "pairs names 'nova', which is no policy of this grid; there are tova"),
+        ({"policies": ["kvzip"]}, "kvzip rates prompts .* policy: {interval: 512} or more it is; got 128"),
     ],
 )
 def test_bad_grids_say_what_is_allowed(changes: dict[str, Any], said: str) -> None:
@@ -217,6 +221,7 @@ class RuleEngine:
     asked: list[str] = []
     cached = 0
     fail_after: int | None = None
+    unsolved: str = "none"
 
     def __init__(self, arguments: dict[str, Any], log: Path, *, stock: bool) -> None:
         self.stock = stock
@@ -245,6 +250,7 @@ class RuleEngine:
         written = request["forced"] or list(range(request["generate"]))
         positions = request["measured"] or list(range(1, len(written)))
         right = request["is_reference"] or "/tova/" in request["key"]
+        right &= self.unsolved not in request["key"]
         return Cell(
             key=request["key"],
             skipped=request["only_if_solved"] and "niah" not in request["key"],
@@ -267,6 +273,7 @@ def evaluate(tmp_path: Path, tokenizer: Any, monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setattr(run_module, "Engine", RuleEngine)
     monkeypatch.setattr(RuleEngine, "asked", [])
     monkeypatch.setattr(RuleEngine, "fail_after", None)
+    monkeypatch.setattr(RuleEngine, "unsolved", "none")
 
     def run(which: Grid, workers: int = 1) -> Results:
         results = Results(tmp_path / "eval.jsonl")
@@ -327,6 +334,85 @@ def test_what_the_full_cache_fails_is_left_out_if_wanted(evaluate: Callable[...,
     }  # fmt: skip
     assert "skipped" not in cells["1024/continuation/0/text/tova/0.1"]
     assert "skipped" not in cells["1024/common-words/0/aware/full/1.0"]
+
+
+# ---- as many samples as it takes --------------------------------------------------------------------------
+
+WANTED: dict[str, Any] = {
+    "tasks": ["niah-single", "common-words", "continuation"],
+    "lengths": {512: 8},
+    "at_most": {"continuation": 3},
+    "solved": 3,
+    "settings": ["aware", "two-turn"],
+    "fp8": False,
+    "engine": {"concurrency": 1},
+}
+"""niah-single is solved, common-words is not and cannot be asked in two turns."""
+
+
+def test_samples_are_drawn_until_enough_are_solved(
+    evaluate: Callable[..., Results], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(RuleEngine, "unsolved", "common-words")
+    results = evaluate(grid(**WANTED))
+    cells = results.cells(results.runs()[0])
+    measured = {key.rsplit("/", 2)[0] for key, cell in cells.items() if key != CONDITIONS and not cell.get("skipped")}
+    questions = {f"512/niah-single/{i}/{setting}" for i in range(3) for setting in ("aware", "two-turn")}
+    vain = {f"512/common-words/{i}/aware" for i in range(2)}
+    assert measured == questions | vain | {f"512/continuation/{i}/text" for i in range(3)}
+    assert not any("common-words" in key and "/full/" not in key for key in cells if not cells[key].get("skipped"))
+    assert all(f"{sample}/random/0.1" in cells for sample in questions)
+    RuleEngine.asked.clear()
+    evaluate(grid(**WANTED))
+    assert RuleEngine.asked == []
+    evaluate(grid(**WANTED | {"solved": {512: 4}}))
+    assert {key.split("/")[2] for key in RuleEngine.asked if "niah" in key} == {"3"}
+
+
+@pytest.mark.parametrize("stop", [1, 7, 30, 60])
+def test_a_drawn_run_goes_on_with_the_same_samples(
+    evaluate: Callable[..., Results], monkeypatch: pytest.MonkeyPatch, tmp_path: Path, stop: int
+) -> None:
+    monkeypatch.setattr(RuleEngine, "unsolved", "common-words")
+    whole = evaluate(grid(**WANTED))
+    expected = set(whole.cells(whole.runs()[0]))
+    (tmp_path / "eval.jsonl").unlink()
+    RuleEngine.asked.clear()
+    monkeypatch.setattr(RuleEngine, "fail_after", stop)
+    with pytest.raises(KeyboardInterrupt):
+        evaluate(grid(**WANTED))
+    monkeypatch.setattr(RuleEngine, "fail_after", None)
+    results = evaluate(grid(**WANTED))
+    assert set(results.cells(results.runs()[0])) == expected
+
+
+def test_too_few_samples_are_said_and_end(evaluate: Callable[..., Results], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(RuleEngine, "unsolved", "common-words")
+    which = grid(**WANTED | {"solved": 20})
+    results = evaluate(which)
+    run = results.runs()[0]
+    drawing = Drawing(which, lambda key: results.get(run, key), 4, 1)
+    assert drawing.short() == ["aware 512: 8 of 20", "two-turn 512: 8 of 20"]
+    assert (drawing.left(), drawing.next()) == (0, [])
+
+
+def test_workers_are_handed_no_sample_twice_and_few_in_vain() -> None:
+    rows: dict[str, dict[str, Any]] = {}
+    which = grid(tasks=["niah-single"], lengths={512: 40}, solved=10, settings=["aware"], fp8=False)
+    drawing = Drawing(which, rows.get, most=6, least=2)
+    first, second = drawing.next(), drawing.next()
+    assert [len(first), len(second)] == [6, 4]
+    # All ten may turn out solved; a third worker gets the least.
+    assert len(drawing.next()) == 2
+    assert len({one.sample for one in first + second}) == 10
+    for one in first:
+        for policy, budget in which.points():
+            key = cell_key(*one.sample, "aware", policy, budget)
+            rows[key] = {"answers": [{"right": one.index < 4}]}
+    drawing.finished(first)
+    # Four of six were solved, six are at work.
+    assert len(drawing.next()) == 2
+    assert drawing.left() == 6 * len(which.points())
 
 
 def test_a_policy_judged_with_too_few_queries_is_an_error(

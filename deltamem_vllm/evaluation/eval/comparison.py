@@ -10,7 +10,7 @@ from typing import Literal
 
 from deltamem_vllm.evaluation.eval.aggregate import Pair, solved
 from deltamem_vllm.evaluation.eval.grid import FULL
-from deltamem_vllm.evaluation.eval.tables import EvalTable, Group
+from deltamem_vllm.evaluation.eval.tables import Column, EvalTable, Group
 from deltamem_vllm.evaluation.statistics import for_best_of, mcnemar, sign_flip_test
 
 Measure = Literal["retention", "drop"]
@@ -32,6 +32,41 @@ class Comparison:
 
     standing: Standing
     p_value: float
+
+
+@dataclass(frozen=True)
+class Versus:
+    """Two policies on the same questions, of those that the full cache solves.
+
+    Parameters
+    ----------
+    wins, losses : int
+        Questions that only the first solves, and only the second.
+    count : int
+        Questions that both were asked.
+    p_value : float
+        Of McNemar's exact test, for this comparison alone.
+    """
+
+    wins: int
+    losses: int
+    count: int
+    p_value: float
+
+
+def versus(table: EvalTable, groups: Iterable[Group], budget: float, mine: str, theirs: str) -> Versus | None:
+    """Compare two policies at a budget; None if they share no question."""
+    groups = list(groups)
+    ours, others = (_samples(table.pairs(groups, Column(name, budget)), "retention") for name in (mine, theirs))
+    shared = sorted(ours.keys() & others.keys())
+    if not shared:
+        return None
+    return Versus(
+        wins=sum(ours[key] > others[key] for key in shared),
+        losses=sum(ours[key] < others[key] for key in shared),
+        count=len(shared),
+        p_value=mcnemar([ours[key] > 0 for key in shared], [others[key] > 0 for key in shared]),
+    )
 
 
 def compare(table: EvalTable, groups: Iterable[Group], budget: float, measure: Measure) -> dict[str, Comparison]:

@@ -13,7 +13,16 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, PositiveInt, ValidationError, field_validator, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    PositiveInt,
+    ValidationError,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
 
 from deltamem_vllm.config import DeltaMemConfig
 from deltamem_vllm.evaluation.configs import configs
@@ -21,7 +30,11 @@ from deltamem_vllm.evaluation.tasks import TASKS
 
 FULL, FP8 = "full", "fp8"
 CONTROLS = ("streaming", "random")
+KVZIP = "kvzip"
+"""A scorer of the evaluation's engines alone; see `eval.kvzip`."""
 FP8_BUDGET = 0.5
+LONGEST_ANSWERS = 512
+"""Tokens that follow a prompt which is asked something, at most."""
 # Indices of one length that are measured together: enough samples to fill the engines.
 _STRIDE = 2
 
@@ -64,7 +77,10 @@ class Grid(_Strict):
     name: str = Field(pattern=r"^[a-z][a-z0-9-]*$")
     tasks: Annotated[tuple[str, ...], Field(min_length=1)]
     lengths: Annotated[dict[int, PositiveInt], Field(min_length=1)]
-    """Prompt length in tokens: samples of each task."""
+    """Prompt length in tokens: samples of each task, at most if `solved` is given."""
+    solved: dict[int, PositiveInt] = {}
+    """Prompt length: questions that the full cache solves, over all tasks, in each setting. Samples are drawn, the
+    tasks in turn, until there are so many; policies are then asked no others. One number stands for all lengths."""
     at_most: dict[str, PositiveInt] = {}
     """Fewer samples for some tasks."""
     settings: Annotated[tuple[Literal["aware", "agnostic", "two-turn"], ...], Field(min_length=1)]
@@ -81,8 +97,15 @@ class Grid(_Strict):
     is then learned about the log-probs of answers that it did not know."""
     continuation_tokens: PositiveInt = 128
     generation_tokens: PositiveInt = 256
+    pairs: tuple[tuple[str, str], ...] = ()
+    """Policies that the report compares sample by sample, as [mine, theirs]."""
     seed: int = 0
     engine: EngineSettings = EngineSettings()
+
+    @field_validator("solved", mode="before")
+    @classmethod
+    def _one_number_is_for_all_lengths(cls, given: Any, info: ValidationInfo) -> Any:
+        return dict.fromkeys(info.data.get("lengths", {}), given) if isinstance(given, int) else given
 
     @field_validator("policies", mode="before")
     @classmethod
@@ -109,9 +132,28 @@ class Grid(_Strict):
             least = max(TASKS[task].min_length for task in self.tasks)
             if length < least:
                 raise ValueError(f"length {length} is too short for these tasks; allow at least {least}")
+        for length in self.solved.keys() - self.lengths.keys():
+            raise ValueError(f"solved names length {length}, which is none of {', '.join(map(str, self.lengths))}")
+        for name in {name for pair in self.pairs for name in pair} - {*names, FULL, FP8}:
+            raise ValueError(f"pairs names {name!r}, which is no policy of this grid; there are {', '.join(names)}")
         for policy in self.policies:
-            DeltaMemConfig.from_dict(self.config_of(policy))
+            config = DeltaMemConfig.from_dict(self.config_of(policy))
+            if policy.scorer == KVZIP and config.interval < self.most_forced:
+                raise ValueError(
+                    f"kvzip rates prompts and not what is decoded, so it can be compacted once only: with policy: "
+                    f"{{interval: {self.most_forced}}} or more it is; got {config.interval}"
+                )
         return self
+
+    @property
+    def most_forced(self) -> int:
+        """Tokens after a prompt, at most: two answers and a question, or a text of the given length."""
+        return max(LONGEST_ANSWERS, self.continuation_tokens, self.generation_tokens)
+
+    @property
+    def skips_unsolved(self) -> bool:
+        """Whether policies are asked only what the full cache solves."""
+        return self.only_solved or bool(self.solved)
 
     def config_of(self, policy: Policy) -> dict[str, Any]:
         """The policy's DeltaMemConfig fields. Short prompts are evicted too: a budget is a budget."""
@@ -198,8 +240,10 @@ def narrowed(
         document["lengths"] = {length: grid.lengths.get(length, max(grid.lengths.values())) for length in lengths}
     if samples is not None:
         document["lengths"] = dict.fromkeys(document["lengths"], samples)
+    document["solved"] = {length: count for length, count in grid.solved.items() if length in document["lengths"]}
     if tasks is not None:
         document["tasks"] = tasks
     if policies is not None:
         document["policies"] = policies
+        document["pairs"] = []
     return parse_grid(document, f"grid {grid.name}, as changed on the command line")

@@ -5,7 +5,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,9 +14,6 @@ from deltamem_vllm.evaluation.eval.engine import Request
 from deltamem_vllm.evaluation.eval.grid import FP8, FP8_BUDGET, FULL, Grid
 from deltamem_vllm.evaluation.tasks import TASKS, Sample, make_sample
 from deltamem_vllm.request_options import DEALING, KEEP_RATIO, POLICY, SCORER
-
-# An engine that could not hold the forced text of a sample would preempt; the longest is a generation or two answers.
-_FORCED_ROOM = 512
 
 
 @dataclass(frozen=True)
@@ -64,7 +61,8 @@ def engine_specs(grid: Grid) -> list[EngineSpec]:
 def engine_args(grid: Grid, model: str, spec: EngineSpec) -> dict[str, Any]:
     """vLLM's engine arguments. The pool holds every sample at work whole, and the copy of its compaction."""
     settings = grid.engine
-    longest = max(grid.lengths) + max(_FORCED_ROOM, grid.continuation_tokens, grid.generation_tokens)
+    # An engine that could not hold the forced text of a sample would preempt.
+    longest = max(grid.lengths) + grid.most_forced
     blocks = 2 * settings.concurrency * -(-longest // settings.block_size) + 1
     arguments: dict[str, Any] = {
         "model": model,
@@ -126,12 +124,25 @@ def sample_keys(grid: Grid, length: int, task: str, index: int) -> list[str]:
 
 
 def all_keys(grid: Grid) -> list[str]:
-    """Keys of all cells of a grid."""
+    """Keys of all cells of a grid; of one that wants numbers of solved questions, all that there may be."""
     return [key for one in grid.samples() for key in sample_keys(grid, *one)]
 
 
-def make_work(grid: Grid, encoder: Encoder, length: int, task: str, index: int, window: int) -> Work:
-    """Make and encode one sample."""
+def planned_keys(grid: Grid) -> list[str] | None:
+    """Keys of all cells of a finished run; None where the full cache's answers decide how many there are."""
+    return None if grid.solved else all_keys(grid)
+
+
+def make_work(
+    grid: Grid,
+    encoder: Encoder,
+    length: int,
+    task: str,
+    index: int,
+    window: int,
+    settings: Collection[Setting] | None = None,
+) -> Work:
+    """Make and encode one sample, for the settings that are wanted; the sample is the same for any."""
 
     def encode(sample: Sample) -> dict[Setting, Encoded]:
         return {
@@ -146,7 +157,8 @@ def make_work(grid: Grid, encoder: Encoder, length: int, task: str, index: int, 
         grid.engine.block_size,
         window,
     )
-    return Work(length, sample, encode(sample))
+    encoded = encode(sample)
+    return Work(length, sample, {one: encoded[one] for one in encoded if settings is None or one in settings})
 
 
 def requests_of(
@@ -184,7 +196,7 @@ def requests_of(
                     is_reference=policy == FULL,
                     reference=setting,
                     reference_file=reference_files.get(setting, ""),
-                    only_if_solved=grid.only_solved and policy != FULL and work.sample.kind == "question",
+                    only_if_solved=grid.skips_unsolved and policy != FULL and work.sample.kind == "question",
                 )
             )
     return requests

@@ -4,13 +4,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from deltamem_vllm.evaluation.eval.curves import Panel, curves, position_curves, text_panels
 from deltamem_vllm.evaluation.eval.heat_maps import depth_map, tasks_map
-from deltamem_vllm.evaluation.eval.tables import EvalTable
+from deltamem_vllm.evaluation.eval.tables import EvalTable, Group
 from deltamem_vllm.evaluation.results import Results
 
 if TYPE_CHECKING:
@@ -44,13 +45,10 @@ def write_plots(folder: Path, results: Results, run: str) -> list[Path]:
 
     matplotlib.use("Agg")
     table = EvalTable(results, run)
-    panels = [
-        [Panel(f"{setting}, {length} tokens", length, table.pooled_groups(length, setting)) for length in table.lengths]
-        for setting in table.settings
-    ]
+    asked, pooled = (_panels(table, groups) for groups in (table.asked_groups, table.pooled_groups))
     figures: dict[str, Figure | None] = {
-        "retention": curves(table, panels, lambda a: a.retention, "retention", "full is 1"),
-        "logprob_drop": curves(table, panels, lambda a: a.drop, "log-prob lost, nats per token", "full is 0"),
+        "retention": curves(table, asked, lambda a: a.retention, "retention", "full is 1"),
+        "logprob_drop": curves(table, pooled, lambda a: a.drop, "log-prob lost, nats per token", "full is 0"),
         "kl": curves(table, text_panels(table), lambda a: a.kl, "KL to the full cache, nats", "logarithmic"),
         "kl_by_position": position_curves(table),
     }
@@ -58,6 +56,14 @@ def write_plots(folder: Path, results: Results, run: str) -> list[Path]:
         figures[f"tasks_{length}"] = tasks_map(table, length)
     figures["depth"] = depth_map(table)
     return [_save(figure, folder / f"{name}.png") for name, figure in figures.items() if figure is not None]
+
+
+def _panels(table: EvalTable, groups: Callable[[int, str], list[Group]]) -> list[list[Panel]]:
+    """A row for each setting, a panel for each length."""
+    return [
+        [Panel(f"{setting}, {length} tokens", length, groups(length, setting)) for length in table.lengths]
+        for setting in table.settings
+    ]
 
 
 def _save(figure: Figure, path: Path) -> Path:

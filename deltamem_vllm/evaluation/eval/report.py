@@ -20,9 +20,9 @@ _FIRST_PLOT = "retention"
 _HOW_TO_READ = """\
 - **Teacher-forced.** The right answer is given to the model token by token. A question is solved if every token of
   every value is the most probable one at its place: greedy decoding would write exactly this answer.
-- **Retention** counts only questions that the full cache solves, so the full cache has 1. In brackets: 95% Wilson
-  interval. The full cache *fails* a task at a length and setting if it solves less than half of what it was asked;
-  such a task is in no pooled figure.
+- **Retention** counts only questions that the full cache solves, of whatever task, so the full cache has 1. In
+  brackets: 95% Wilson interval. The full cache *fails* a task at a length and setting if it solves less than half of
+  what it was asked; such a task is in no pooled figure but retention.
 - **Log-prob drop** is what an answer token loses against the full cache, in nats, mean over all questions of the
   pooled tasks, with a 95% bootstrap interval over questions. It tells policies apart with fewer samples than right
   and wrong do, because near misses count. Below zero: better than the full cache.
@@ -99,8 +99,9 @@ def render(
         lines += [
             "Below, the share of the questions that the full cache solves which the policy solves as well. Bold: the"
         ]
-        lines += ["best at this budget; `=`: cannot be told from the best on the same samples.", ""]
+        lines += ["best at this budget; `=`: cannot be told from the best on the same samples; n: questions.", ""]
         lines += report_tables.pooled(table, "retention")
+        lines += _paired(table)
         lines += _section("Log-prob of the right answer lost, nats per token", report_tables.pooled(table, "drop"))
     lines += _section("Fidelity: KL to the full cache in nats, and agreement", report_tables.fidelity(table))
     lines += _section("More plots", _pictures(plot for plot in plots if plot.stem != _FIRST_PLOT or not table.settings))
@@ -122,6 +123,18 @@ def render(
     lines += ["## How to read it", "", *_HOW_TO_READ.splitlines(), ""]
     lines += _measured_on(table, run)
     return "\n".join(lines).rstrip() + "\n"
+
+
+def _paired(table: EvalTable) -> list[str]:
+    pairs = report_tables.paired(table)
+    if not pairs:
+        return []
+    return [
+        "Two policies on the same questions: those that only the first solves, and those that only the second does.",
+        "Bold: more than chance would do (McNemar's exact test, 5%, each pair for itself).",
+        "",
+        *pairs,
+    ]
 
 
 def _pictures(plots: Iterable[Path]) -> list[str]:
@@ -150,8 +163,9 @@ def _measured(table: EvalTable) -> list[str]:
         f"Samples: {' and '.join(about)}, at context lengths of {lengths} tokens. Each was run through vLLM with "
         f"the full KV cache and again with the same tokens under every policy ({policies}), held to "
         f"{budgets or 'no smaller budget'} of the full cache's bytes. Compared are the answers and the "
-        "distributions of the next token. A task counts in pooled figures only where the full cache solves at least "
-        f"{markdown.percent(FAILS_BELOW)} of it. Results so far: {markdown.plural(len(rows), 'cell')}."
+        "distributions of the next token. Retention is pooled over all that the full cache solves, log-probs over "
+        f"tasks of which it solves at least {markdown.percent(FAILS_BELOW)}. Results so far: "
+        f"{markdown.plural(len(rows), 'cell')}."
     )
     return [*textwrap.wrap(text, 110), ""]
 

@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 
 from deltamem_vllm.evaluation.eval import markdown
 from deltamem_vllm.evaluation.eval.aggregate import KL_BIN, Aggregate
-from deltamem_vllm.evaluation.eval.comparison import Measure, compare
+from deltamem_vllm.evaluation.eval.comparison import SIGNIFICANCE, Measure, Versus, compare, versus
 from deltamem_vllm.evaluation.eval.grid import FULL
 from deltamem_vllm.evaluation.eval.tables import Column, EvalTable, Group
 from deltamem_vllm.evaluation.statistics import Estimate
@@ -22,7 +22,7 @@ def at_a_glance(table: EvalTable) -> list[str]:
     lines = []
     for setting in table.settings:
         for length in table.lengths:
-            groups = table.pooled_groups(length, setting)
+            groups = table.asked_groups(length, setting)
             cells = [_winner(table, groups, budget) for budget in table.budgets]
             if any(cell != markdown.ABSENT for cell in cells):
                 lines.append((setting, str(length), *cells))
@@ -41,27 +41,26 @@ def _winner(table: EvalTable, groups: Sequence[Group], budget: float) -> str:
 
 
 def pooled(table: EvalTable, measure: Measure) -> list[str]:
-    """Policy against budget over the tasks that the full cache does not fail, by setting and length."""
+    """Policy against budget by setting and length, for log-probs over the tasks that the full cache does not fail."""
     lines = []
     for setting in table.settings:
         for length in table.lengths:
             if table.groups(length, setting):
-                lines += [f"**{setting}, {length} tokens.** {_pooled_over(table, length, setting)}", ""]
-                lines += _pooled_table(table, table.pooled_groups(length, setting), measure)
+                asked = table.asked_groups(length, setting)
+                groups = asked if measure == "retention" else table.pooled_groups(length, setting)
+                lines += [f"**{setting}, {length} tokens.** {_pooled_over(table, length, setting, groups)}", ""]
+                lines += _pooled_table(table, groups, measure)
     return lines
 
 
-def _pooled_over(table: EvalTable, length: int, setting: str) -> str:
+def _pooled_over(table: EvalTable, length: int, setting: str, pooled_groups: Sequence[Group]) -> str:
+    scores = {group.task: score for group in pooled_groups if (score := table.full_score(group)) is not None}
+    right = {task: round(score.value * score.count) for task, score in scores.items()}
+    asked = sum(score.count for score in scores.values())
+    text = f"The full cache solves {sum(right.values())} of {asked} questions of {markdown.plural(len(scores), 'task')}"
+    text += f": {', '.join(f'{task} {right[task]}/{scores[task].count}' for task in scores)}." if scores else "."
     groups = table.groups(length, setting)
-    asked = sum(len(table.full_rows(group)) for group in table.pooled_groups(length, setting))
-    right = sum(
-        round(score.value * score.count)
-        for group in table.pooled_groups(length, setting)
-        if (score := table.full_score(group)) is not None
-    )
-    tasks = markdown.plural(len(table.pooled_groups(length, setting)), "task")
-    text = f"The full cache solves {right} of {asked} questions of {tasks}."
-    failed = [group.task for group in groups if table.full_cache_fails(group)]
+    failed = [group.task for group in groups if table.full_cache_fails(group) and group not in pooled_groups]
     unknown = [group.task for group in groups if not table.full_rows(group)]
     if failed:
         text += f" Left out, full cache fails: {', '.join(failed)}."
@@ -74,8 +73,6 @@ def _pooled_table(table: EvalTable, groups: Sequence[Group], measure: Measure) -
     if not groups:
         return ["Nothing to pool.", ""]
     standings = {budget: compare(table, groups, budget, measure) for budget in table.budgets}
-    whole = table.aggregate(groups, Column(FULL, 1.0))
-    expected = _estimate(whole, measure)
     lines = [(FULL, *("1" if measure == "retention" else "0" for _ in table.budgets))]
     for policy in table.policies:
         if policy == FULL:
@@ -85,7 +82,7 @@ def _pooled_table(table: EvalTable, groups: Sequence[Group], measure: Measure) -
             estimate = _estimate(table.aggregate(groups, Column(policy, budget)), measure)
             shown = markdown.share(estimate) if measure == "retention" else markdown.mean(estimate)
             if estimate is not None and policy in standings[budget]:
-                if expected is not None and estimate.count != expected.count and "n=" not in shown:
+                if "n=" not in shown:
                     shown += f" n={estimate.count}"
                 shown = _MARKS[standings[budget][policy].standing].format(shown)
             cells.append(shown)
@@ -95,6 +92,27 @@ def _pooled_table(table: EvalTable, groups: Sequence[Group], measure: Measure) -
 
 def _estimate(aggregate: Aggregate, measure: Measure) -> Estimate | None:
     return aggregate.retention if measure == "retention" else aggregate.drop
+
+
+def paired(table: EvalTable) -> list[str]:
+    """The grid's pairs of policies, on the same samples: how often only one of them solves what the full cache does."""
+    lines = []
+    for setting in table.settings:
+        for length in table.lengths:
+            groups = table.asked_groups(length, setting)
+            for mine, theirs in table.conditions["grid"].get("pairs", ()):
+                found = [versus(table, groups, budget, mine, theirs) for budget in table.budgets]
+                if any(one is not None for one in found):
+                    lines.append((setting, str(length), f"{mine} : {theirs}", *map(_versus_cell, found)))
+    head = ("setting", "tokens", "policies", *map(markdown.percent, table.budgets))
+    return markdown.table(head, lines) if lines else []
+
+
+def _versus_cell(found: Versus | None) -> str:
+    if found is None:
+        return markdown.ABSENT
+    text = f"{found.wins}:{found.losses} of {found.count}"
+    return f"**{text}**" if found.p_value < SIGNIFICANCE else text
 
 
 def fidelity(table: EvalTable) -> list[str]:
@@ -190,7 +208,7 @@ def by_task(table: EvalTable) -> list[str]:
 
 def _task_tables(table: EvalTable, groups: Sequence[Group]) -> list[str]:
     lines = ["Retention: solved, of what the full cache solves", ""]
-    lines += _task_table(table, groups, lambda a: markdown.counts(a.retention), _full_count)
+    lines += _task_table(table, groups, lambda a: markdown.counts(a.retention), _full_count, also_failed=True)
     lines += ["Log-prob per answer token lost against the full cache, nats", ""]
     lines += _task_table(table, groups, lambda a: markdown.mean(a.drop), lambda a: "0" if a.pairs else markdown.ABSENT)
     lines += ["KL to the full cache on answer tokens, nats, and agreement", ""]
@@ -203,7 +221,12 @@ def _task_tables(table: EvalTable, groups: Sequence[Group]) -> list[str]:
 
 
 def _task_table(
-    table: EvalTable, groups: Sequence[Group], cell: Callable[[Aggregate], str], full: Callable[[Aggregate], str]
+    table: EvalTable,
+    groups: Sequence[Group],
+    cell: Callable[[Aggregate], str],
+    full: Callable[[Aggregate], str],
+    *,
+    also_failed: bool = False,
 ) -> list[str]:
     rows = []
     for column in table.columns:
@@ -214,7 +237,8 @@ def _task_table(
                 fails = table.full_cache_fails(group)
                 cells.append(full(aggregate) + (" full cache fails" if fails else ""))
             else:
-                cells.append(markdown.ABSENT if table.full_cache_fails(group) else cell(aggregate))
+                hidden = table.full_cache_fails(group) and not also_failed
+                cells.append(markdown.ABSENT if hidden else cell(aggregate))
         rows.append((f"{column.policy} {markdown.percent(column.budget)}", *cells))
     return markdown.table(("policy", *(group.task for group in groups)), rows)
 

@@ -8,28 +8,27 @@ than one with two cores.
 
 from __future__ import annotations
 
-import itertools
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 from deltamem_vllm.config import DeltaMemConfig
+from deltamem_vllm.evaluation.eval.drawing import Drawing
 from deltamem_vllm.evaluation.eval.encode import Encoded, Encoder, Setting, computed_after_hit
 from deltamem_vllm.evaluation.eval.engine import Cell, Engine
 from deltamem_vllm.evaluation.eval.grid import FULL, Grid
 from deltamem_vllm.evaluation.eval.plan import (
     EngineSpec,
     Work,
-    all_keys,
     engine_args,
     engine_specs,
     make_work,
+    planned_keys,
     requests_of,
-    sample_keys,
 )
 from deltamem_vllm.evaluation.eval.rows import make_row, skipped_row
 from deltamem_vllm.evaluation.eval.tables import CONDITIONS
@@ -38,7 +37,7 @@ from deltamem_vllm.evaluation.results import Results, run_id
 
 Say = Callable[[str], None]
 
-_OWN = tuple(f"eval/{name}.py" for name in ("encode", "plan", "run", "rows"))
+_OWN = tuple(f"eval/{name}.py" for name in ("encode", "plan", "run", "rows", "kvzip", "kvzip_attention"))
 DECISIVE = ("child.py", "stepped_engine.py", "prose.py", "tasks/", "texts/", *_OWN)
 """Files under `evaluation/` that decide a figure (see `machine.describe_code`)."""
 
@@ -82,7 +81,7 @@ class Evaluation:
         self.grid = grid
         document = grid.model_dump(mode="json")
         # More samples extend a run; none of these changes a cell.
-        varied = {"lengths", "tasks", "budgets", "policies", "settings", "fp8", "at_most"}
+        varied = {"lengths", "tasks", "budgets", "policies", "settings", "fp8", "at_most", "solved", "pairs"}
         self.run_id = run_id({"grid": {k: v for k, v in document.items() if k not in varied}, **conditions})
         self._conditions = {"grid": document, **conditions}
         self._model = model
@@ -95,7 +94,8 @@ class Evaluation:
         self._stop = threading.Event()
         self._engines: list[Engine] = []
         self._specs = engine_specs(grid)
-        self._left = 0
+        concurrency = grid.engine.concurrency
+        self._drawing = Drawing(grid, self._row, _BATCH_FACTOR * concurrency, concurrency)
         self._began = 0.0
         self._measured = 0
 
@@ -109,15 +109,14 @@ class Evaluation:
         after_batch
             Called now and then when new rows are there.
         """
-        todo = [one for one in self.grid.samples() if self._some_missing(*one)]
-        self._left = sum(self._missing_cells(*one) for one in todo)
-        self._say(f"{self.grid.name}: {self._left} cells of {len(all_keys(self.grid))} to measure")
-        if not todo:
+        drawing, left = self._drawing, self._drawing.left()
+        planned = planned_keys(self.grid)
+        self._say(f"{self.grid.name}: {left} cells {'or so' if planned is None else f'of {len(planned)}'} to measure")
+        if not left:
             return self.run_id
-        batches = _Shared(_batches(todo, _BATCH_FACTOR * self.grid.engine.concurrency))
         self._began = time.monotonic()
         with ThreadPoolExecutor(workers) as pool:
-            futures = [pool.submit(self._work, number, batches, after_batch) for number in range(workers)]
+            futures = [pool.submit(self._work, number, drawing, after_batch) for number in range(workers)]
             try:
                 for future in wait(futures, return_when=FIRST_EXCEPTION).done:
                     future.result()
@@ -125,6 +124,10 @@ class Evaluation:
                 # A batch takes minutes. Without their engines the other threads end at once.
                 self._halt()
                 raise
+        for line in drawing.short():
+            self._say(
+                f"{self.grid.name}: fewer solved than wanted, {line}; greater counts under lengths allow more samples"
+            )
         return self.run_id
 
     def _halt(self) -> None:
@@ -135,13 +138,14 @@ class Evaluation:
 
     # ---- one worker --------------------------------------------------------------------------------------
 
-    def _work(self, number: int, batches: _Shared, after_batch: Callable[[], None]) -> None:
+    def _work(self, number: int, drawing: Drawing, after_batch: Callable[[], None]) -> None:
         with ExitStack() as stack:
             engines = [(spec, stack.enter_context(self._start(number, spec))) for spec in self._specs]
             self._remember_conditions(engines[0][1])
-            while not self._stop.is_set() and (batch := batches.next()) is not None:
-                works = [make_work(self.grid, self._encoder, *one, self._window) for one in batch]
+            while not self._stop.is_set() and (batch := drawing.next()):
+                works = [make_work(self.grid, self._encoder, *one.sample, self._window, one.settings) for one in batch]
                 self._measure(number, works, engines)
+                drawing.finished(batch)
                 with self._lock:
                     after_batch()
 
@@ -210,12 +214,10 @@ class Evaluation:
     def _write(self, key: str, row: Mapping[str, Any]) -> None:
         with self._lock:
             self._results.add(self.run_id, key, row)
-            self._left -= 1
             self._measured += 1
-            if self._measured % 100 == 0 or not self._left:
-                took = time.monotonic() - self._began
-                ahead = took / self._measured * self._left
-                self._say(f"{self.grid.name}: {self._left} cells left, about {ahead / 60:.0f} min")
+            if self._measured % 100 == 0:
+                took, left = time.monotonic() - self._began, self._drawing.left()
+                self._say(f"{self.grid.name}: {left} cells left, about {took / self._measured * left / 60:.0f} min")
 
     def _remember_conditions(self, engine: Engine) -> None:
         facts = engine.facts
@@ -230,29 +232,5 @@ class Evaluation:
                 self.run_id, CONDITIONS, {**self._conditions, "command": command_line(), "geometry": geometry}
             )
 
-    def _missing_cells(self, length: int, task: str, index: int) -> int:
-        return sum(self._results.get(self.run_id, key) is None for key in sample_keys(self.grid, length, task, index))
-
-    def _some_missing(self, length: int, task: str, index: int) -> bool:
-        return self._missing_cells(length, task, index) > 0
-
-
-class _Shared:
-    """An iterator that several threads draw from."""
-
-    def __init__(self, items: Iterator[list[tuple[int, str, int]]]) -> None:
-        self._items = items
-        self._lock = threading.Lock()
-
-    def next(self) -> list[tuple[int, str, int]] | None:
-        """The next item, or None at the end."""
-        with self._lock:
-            return next(self._items, None)
-
-
-def _batches(todo: list[tuple[int, str, int]], size: int) -> Iterator[list[tuple[int, str, int]]]:
-    """Samples of one length, up to `size` at a time."""
-    for _, same_length in itertools.groupby(todo, key=lambda one: one[0]):
-        items = list(same_length)
-        for start in range(0, len(items), size):
-            yield items[start : start + size]
+    def _row(self, key: str) -> dict[str, Any] | None:
+        return self._results.get(self.run_id, key)

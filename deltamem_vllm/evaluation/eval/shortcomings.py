@@ -54,7 +54,7 @@ def _few_samples(table: EvalTable) -> list[str]:
     counts = {}
     for setting in table.settings:
         for length in table.lengths:
-            groups = table.pooled_groups(length, setting)
+            groups = table.asked_groups(length, setting)
             whole = table.aggregate(groups, Column(FULL, 1.0)).retention
             if groups and whole is not None and whole.count < FEW:
                 counts[f"{setting} {length}"] = whole.count
@@ -76,7 +76,7 @@ def _failed_tasks(table: EvalTable) -> list[str]:
         where = ", ".join(f"{group.setting} {group.length}" for group in failed)
         if failed:
             found.append(f"{task} ({where if len(failed) < len(groups) else 'wherever asked'})")
-    return [f"Full cache fails: {'; '.join(found)}. Nothing is learned about policies there."] if found else []
+    return [f"Full cache fails: {'; '.join(found)}. Of these only retention is pooled."] if found else []
 
 
 def _over_budget(table: EvalTable) -> list[str]:

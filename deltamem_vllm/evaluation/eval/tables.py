@@ -2,7 +2,8 @@
 # SPDX-FileCopyrightText: Copyright contributors to the deltamem project
 """The rows of a run, sorted into the cells of tables.
 
-A task that the full cache does not manage says nothing about a policy and is left out of pooled figures.
+What the full cache does not solve says nothing about whether a policy keeps answers; and of a task that it mostly
+fails nothing but the answers that it does find is pooled.
 """
 
 from __future__ import annotations
@@ -141,10 +142,13 @@ class EvalTable:
         score = self.full_score(group)
         return score is not None and score.value < FAILS_BELOW
 
+    def asked_groups(self, length: int, setting: str) -> list[Group]:
+        """Tasks of which retention is made: the full cache was asked. Whatever it does not solve is no part of it."""
+        return [group for group in self.groups(length, setting) if self.full_rows(group)]
+
     def pooled_groups(self, length: int, setting: str) -> list[Group]:
-        """Tasks that pooled figures are made of: the full cache was asked and does not fail."""
-        groups = self.groups(length, setting)
-        return [group for group in groups if self.full_rows(group) and not self.full_cache_fails(group)]
+        """Tasks that other pooled figures are made of: the full cache was asked and does not fail."""
+        return [group for group in self.asked_groups(length, setting) if not self.full_cache_fails(group)]
 
     def aggregate(self, groups: Iterable[Group], column: Column) -> Aggregate:
         """The samples of some tasks under a policy and budget, as far as they and their full cache are measured."""
