@@ -69,10 +69,10 @@ class DeltaMemConfig(BaseModel):
     redundancy: float = Field(default=0.0, ge=0, le=1)
     """Similarity from which an entry counts as a repeat of another and is worth less; 0 looks for no repeats."""
 
-    high_watermark: float = Field(default=0.9, gt=0, le=1)
+    high_watermark: float = Field(default=0.95, gt=0, le=1)
     """Share of the pool in use at which mode `pressure` starts to evict. What is above it is room for copies."""
 
-    low_watermark: float = Field(default=0.8, gt=0, lt=1)
+    low_watermark: float = Field(default=0.9, gt=0, lt=1)
     """Share of the pool in use to which mode `pressure` then evicts. Must be below `high_watermark`."""
 
     min_tokens: int = Field(default=256, ge=0)

@@ -65,6 +65,18 @@ class DealtRead:
     max_query_len: int
     max_seq_len: int
     stock: StockRows | None = None
+    _layers: Sequence[tuple[Tensor, Tensor]] | None = None
+
+    def set_lengths(self, seq_lens: Tensor) -> None:
+        """The step's ``seq_lens`` are known, and ``tables`` are as wide as they."""
+        self.seq_lens, self._layers = seq_lens, None
+
+    def layer(self, index: int) -> tuple[Tensor, Tensor]:
+        """One layer's tables ``[R * H, W]`` and lengths ``[R * H]``: views, made once a step for all layers."""
+        if self._layers is None:
+            views = self.tables.flatten(1, 2).unbind(), self.seq_lens.flatten(1, 2).unbind()
+            self._layers = tuple(zip(*views, strict=True))
+        return self._layers[index]
 
 
 class DealtBatch:
@@ -165,7 +177,7 @@ class DealtBatch:
             read.tables = self.tables.tables(lengths.shape[0])
             if read.order is None:
                 read.query_start_loc = self._query_start_loc(np.ones(lengths.shape[0], dtype=np.int64))
-        read.seq_lens = self.tables.seq_lens(lengths[: read.tables.shape[1]])
+        read.set_lengths(self.tables.seq_lens(lengths[: read.tables.shape[1]]))
         metadata.deltamem_dealt = read
 
     def _query_start_loc(self, counts: np.ndarray) -> Tensor:

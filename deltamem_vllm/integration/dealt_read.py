@@ -95,13 +95,14 @@ class ReadsDealtPages:
 
 def _pair_fields(read: DealtRead, layer_index: int, queries: Tensor) -> dict[str, Any]:
     """What every backend's metadata says about the sequences of one layer."""
+    table, seq_lens = read.layer(layer_index)
     return {
         "num_actual_tokens": queries.shape[0],
         "max_query_len": read.max_query_len,
         "query_start_loc": read.query_start_loc,
         "max_seq_len": read.max_seq_len,
-        "seq_lens": read.seq_lens[layer_index].reshape(-1),
-        "block_table": read.tables[layer_index].flatten(0, 1),
+        "seq_lens": seq_lens,
+        "block_table": table,
     }
 
 

@@ -181,9 +181,10 @@ class Policy:
         pool = Pool(pool.blocks, pool.used, pool.needed, self._blocks_waited_for([r for r, _ in queue], free, holdings))
         if pool.above(self._rule.low_watermark) <= 0:
             return
-        # Nobody asks what cannot be taken is worth.
+        # Nobody asks what cannot be taken is worth, or what is taken whatever it is worth.
         giving = {h.request_id for h in holdings if h.held > max(h.floor, h.fixed)}
-        blind = [r for r in decoding if r.request_id in giving and self._wants_curve(r)]
+        chosen = pool.above(self._rule.low_watermark) < spare_blocks(h for h in holdings if self._rule.is_rested(h))
+        blind = [r for r in decoding if r.request_id in giving and self._wants_look(r, chosen)]
         unseen = any(self.governed[r.request_id].asked_at is None for r in blind)
         for request in blind:
             self._probe(request, work)
@@ -275,28 +276,39 @@ class Policy:
         state = self.governed[request.request_id]
         return state.holding(request.request_id, held, logical, resident, self._size)
 
-    def _wants_curve(self, request: Request) -> bool:
-        return self.governed[request.request_id].wants_curve(*self._lengths(request), self._size)
+    def _wants_look(self, request: Request, chosen: bool) -> bool:
+        """Whether the request should be looked at before memory is taken: always where coverage decides how much."""
+        state, (logical, resident) = self.governed[request.request_id], self._lengths(request)
+        coverage = state.budget.wants_curve(resident, self._size, curve=None)
+        return (chosen or coverage) and state.wants_look(logical, resident, self._size)
 
     # ---- orders to the workers ---------------------------------------------------------------------------------
 
     def _probe(self, request: Request, work: StepWork) -> None:
-        state = self.governed[request.request_id]
         logical, resident = self._lengths(request)
         if resident < self._size:
             return
+        source = [b.block_id for b in self._manager.req_to_blocks[request.request_id]]
+        self._ask(request.request_id, source, resident, logical, work)
+
+    def _ask(
+        self, request_id: str, source: Sequence[int], resident: int, logical: int, work: StepWork, last: bool = False
+    ) -> None:
+        """Ask what a request is worth; ``last``: before the compaction of this step."""
+        state = self.governed[request_id]
         state.ask(logical)
         self._telemetry.count("probes")
         work.probes.append(
             Probe(
-                request_id=request.request_id,
-                source_blocks=tuple(b.block_id for b in self._manager.req_to_blocks[request.request_id]),
+                request_id=request_id,
+                source_blocks=tuple(source),
                 resident_len=resident,
                 logical_len=logical,
                 sink_tokens=state.budget.sink_tokens,
                 recent_tokens=state.budget.recent_tokens,
                 scorer=state.scorer,
                 dealing=state.dealing,
+                compacted_next=last,
             )
         )
 
@@ -305,7 +317,6 @@ class Policy:
         manager, request_id = self._manager, request.request_id
         state = self.governed[request_id]
         logical, resident = self._lengths(request)
-        held = len(manager.req_to_blocks[request_id])
         blocks = cdiv(keep, self._size)
         if manager.owned_share(request_id) <= blocks:
             # Shared blocks are freed by their last owner: private survivors would take more than the request's part.
@@ -319,7 +330,10 @@ class Policy:
             assert keep == blocks * self._size, "pages are dealt in whole blocks"
             self._serial += 1
             serial = manager.dealt[request_id] = self._serial
-        state.compacted(logical, blocks, held)
+        if state.mode == "pressure" and state.curve is None and state.wants_look(logical, resident, self._size):
+            # The worker rates all tokens anyway: what the survivors are worth costs little more now, and much later.
+            self._ask(request_id, source, resident, logical, work, last=True)
+        state.compacted(logical, blocks, resident // self._size)
         self._telemetry.count("compactions")
         self._telemetry.count("evicted_tokens", resident - keep)
         self._telemetry.count("freed_blocks", len(source) - len(target))

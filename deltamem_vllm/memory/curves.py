@@ -77,6 +77,20 @@ class UtilityCurve:
         """Utility lost by going from ``blocks`` to ``blocks - 1``, as a share of the total; >= 0."""
         return self.at(blocks) - self.at(blocks - 1)
 
+    def slope(self, blocks: int) -> tuple[float, int]:
+        """Price of a block and how many cost that: the straight stretch that ends at ``blocks``.
+
+        Returns
+        -------
+        Utility lost with each of the next blocks given up, as a share of the total, and their number, at least 1 as
+        long as there is a block.
+        """
+        if blocks > self.held:
+            return 0.0, blocks - self.held
+        i = bisect_left(self.blocks, blocks)
+        left, lower = (self.blocks[i - 1], self.mass[i - 1]) if i else (0, 0.0)
+        return (self.mass[i] - lower) / (self.blocks[i] - left), blocks - left
+
     def fewest(self, coverage: float) -> int:
         """Fewest blocks that retain at least ``coverage``; `held` if even all of them do not."""
         low, high = 0, self.held
@@ -115,6 +129,48 @@ class UtilityCurve:
         if not 0 <= share <= 1:
             raise ValueError(f"share must lie in [0, 1], got {share}")
         return UtilityCurve(self.blocks, tuple(share * mass for mass in self.mass))
+
+    def grown(self, blocks: int, share: float) -> UtilityCurve:
+        """The curve of the request after it has written that many whole blocks, before anyone looks at them.
+
+        They are taken to be worth the same, each, and are given up in the order of price like all others: a block that
+        costs less is lost before them.
+
+        Parameters
+        ----------
+        blocks: written since.
+        share: of the request's utility that they hold, in [0, 1]; what there was weighs as much less.
+
+        Raises
+        ------
+        ValueError
+            A share outside [0, 1].
+        """
+        if not 0 <= share <= 1:
+            raise ValueError(f"share must lie in [0, 1], got {share}")
+        if blocks <= 0:
+            return self
+        before = self.scaled(1 - share)
+        points = list(zip(before.blocks, before.mass, strict=True))
+        at = 1
+        while at < len(points) and before.slope(points[at][0])[0] >= share / blocks:
+            at += 1
+        end, mass = points[at - 1]
+        later = [(end + blocks, mass + share), *((b + blocks, m + share) for b, m in points[at:])]
+        points = [*points[:at], *later]
+        if len(points) > MOST_POINTS:
+            del points[_straightest(points)]
+        return UtilityCurve(tuple(b for b, _ in points), tuple(min(m, 1.0) for _, m in points))
+
+
+def _straightest(points: list[tuple[int, float]]) -> int:
+    """The inner point whose absence changes a curve least."""
+
+    def bend(i: int) -> float:
+        (left, low), (at, mass), (right, high) = points[i - 1 : i + 2]
+        return abs(mass - low - (high - low) * (at - left) / (right - left))
+
+    return min(range(1, len(points) - 1), key=bend)
 
 
 def still_held(retained: float, logical_then: int, logical_now: int) -> float:

@@ -65,6 +65,7 @@ class Probe:
     source_blocks: ids of the blocks that hold the resident tokens, in token order.
     resident_len, logical_len: tokens, nominal and seen.
     sink_tokens, recent_tokens, scorer, dealing: as in the compaction this is asked for.
+    compacted_next: the request is compacted in the same step, which may use what was worked out for the answer.
     """
 
     request_id: str
@@ -75,6 +76,7 @@ class Probe:
     recent_tokens: int
     scorer: str
     dealing: str
+    compacted_next: bool = False
 
 
 @dataclass(frozen=True)

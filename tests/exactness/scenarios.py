@@ -222,7 +222,7 @@ PRESSURE = Scenario(
     name="pressure",
     prompts=(210, 160, 290, 100),
     max_tokens=(70,),
-    config=policy(mode="pressure", keep_ratio=0.2, low_watermark=0.7),
+    config=policy(mode="pressure", keep_ratio=0.2, high_watermark=0.9, low_watermark=0.7),
     blocks=29,
     expected=Expected(compactions=3, spread=2),
 )

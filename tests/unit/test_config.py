@@ -58,7 +58,7 @@ def test_presence_of_the_key_turns_the_policy_on() -> None:
         ({"request_scorers": "tova"}, ["request_scorers: got 'tova'", "list[str], installed scorers"]),
         ({"high_watermark": 1.1}, ["high_watermark: got 1.1", "> 0 and <= 1"]),
         ({"low_watermark": 1}, ["low_watermark: got 1", "> 0 and < 1"]),
-        ({"low_watermark": 0.9}, ["low_watermark=0.9 is not below high_watermark=0.9", "raise high_watermark"]),
+        ({"low_watermark": 0.95}, ["low_watermark=0.95 is not below high_watermark=0.95", "raise high_watermark"]),
         (
             {"coverage": 0.99, "keep_ratio": 0.5, "max_keep_ratio": 0.25},
             ["keep_ratio=0.5 is larger than max_keep_ratio=0.25", "at most 0.25"],

@@ -96,3 +96,40 @@ def test_it_never_falls_and_fewest_is_its_inverse(curve, coverage, blocks):
     cut = curve.cut(blocks)
     assert cut.held == min(blocks, curve.held)
     assert [cut.at(b) for b in range(cut.held + 1)] == pytest.approx(values[: cut.held + 1])
+
+
+def test_a_request_that_grows_has_more_blocks_and_its_old_ones_weigh_less():
+    grown = CURVE.grown(4, 0.2)
+    # 0.05 a block: cheaper than the first stretches, dearer than the last one.
+    assert grown.blocks == (2, 4, 8, 14)
+    assert grown.mass == pytest.approx((0.4, 0.72, 0.92, 1.0))
+    assert CURVE.grown(0, 0.0) == CURVE
+    assert CURVE.grown(10, 0.01).mass[-2:] == pytest.approx((0.99, 1.0)), "cheapest of all: given up first"
+    with pytest.raises(ValueError, match="got 1.2"):
+        CURVE.grown(1, 1.2)
+
+
+@given(curves(), st.integers(1, 50), st.floats(0, 1))
+def test_growth_adds_its_share_and_keeps_the_number_of_points(curve, blocks, share):
+    grown = curve.grown(blocks, share)
+    assert grown.held == curve.held + blocks
+    assert grown.retained == pytest.approx(curve.retained * (1 - share) + share)
+    assert len(grown.blocks) <= len(curve.blocks) + 1
+
+
+def test_a_curve_of_most_points_loses_its_straightest_one_when_it_grows():
+    points = tuple(range(1, MOST_POINTS + 1))
+    full = UtilityCurve(points, tuple(1 - (1 - b / MOST_POINTS) ** 2 for b in points))
+    grown = full.grown(2, 0.01)
+    assert len(grown.blocks) == MOST_POINTS
+    assert grown.held == MOST_POINTS + 2
+    for kept in (10, 30, 50):  # the new ones, 0.005 each, come behind them
+        assert grown.at(kept) == pytest.approx(0.99 * full.at(kept), abs=1e-3)
+
+
+@given(curves(), st.integers(1, 200))
+def test_the_slope_is_the_price_of_each_block_of_its_stretch(curve, blocks):
+    price, number = curve.slope(blocks)
+    assert 1 <= number <= blocks
+    for block in {blocks, blocks - number + 1}:
+        assert curve.marginal(block) == pytest.approx(price, abs=1e-9)

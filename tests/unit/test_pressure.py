@@ -4,10 +4,12 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
 from deltamem_vllm.memory.curves import UtilityCurve
-from deltamem_vllm.memory.pressure import Holding, Pool, PressureRule, relieve, spare_blocks
+from deltamem_vllm.memory.pressure import Holding, Pool, PressureRule, relieve, spare_blocks, take_cheapest
 
 RULE = PressureRule(high_watermark=0.9, low_watermark=0.8, rest_tokens=128)
 EASY = UtilityCurve((2, 20), (0.98, 1.0))
@@ -30,16 +32,30 @@ def test_above_the_high_watermark_memory_is_taken_down_to_the_low_one():
 def test_the_request_with_useless_blocks_gives_them():
     both = [holding("dense", curve=DENSE), holding("easy", curve=EASY)]
     assert relieve(both, Pool(100, used=91, needed=0), RULE) == {"easy": 9}
-    assert relieve(both, Pool(100, used=100, needed=0), RULE) == {"easy": 2, "dense": 18}
+    assert relieve(both, Pool(100, used=110, needed=0), RULE) == {"easy": 2, "dense": 8}
 
 
 def test_a_waiting_request_makes_the_others_shrink():
     assert relieve([holding("a")], Pool(100, used=60, needed=1, waiting=30), RULE) == {"a": 9}
 
 
-def test_equal_requests_share():
+def test_a_request_that_gives_gives_a_good_part():
     three = [holding(name) for name in "abc"]
-    assert relieve(three, Pool(100, used=92, needed=0), RULE) == {"a": 16, "b": 16, "c": 16}
+    pool = Pool(100, used=92, needed=0)
+    assert relieve(three, pool, RULE) == {"a": 14, "b": 14}, "two of a quarter each, and the rest from the same two"
+    assert relieve(three, pool, replace(RULE, good_gain=0.6)) == {"a": 8}
+
+
+def test_small_parts_are_taken_where_good_ones_do_not_suffice():
+    near_floor = [holding(name, floor=17) for name in "abc"]
+    assert relieve(near_floor, Pool(100, used=92, needed=0), RULE) == {"a": 17, "b": 17, "c": 17}
+    # One of four gives a good part, and that is enough to come below the high watermark.
+    assert relieve([*near_floor, holding("d", floor=15)], Pool(100, used=92, needed=0), RULE) == {"d": 15}
+
+
+def test_equal_requests_share_what_is_taken_block_by_block():
+    three = [holding(name) for name in "abc"]
+    assert take_cheapest(three, 12, lambda h: h.floor, lambda h: 1) == {"a": 4, "b": 4, "c": 4}
 
 
 def test_without_a_curve_each_block_is_worth_its_part_of_the_request():

@@ -1,0 +1,113 @@
+# SPDX-License-Identifier: Apache-2.0
+# SPDX-FileCopyrightText: Copyright contributors to the deltamem project
+"""A dealer rates a request once for a probe and the compaction behind it, and heads together or apart alike."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from deltamem_vllm.dealing import dealer as module
+from deltamem_vllm.dealing.dealer import Dealer, _rated_together
+from deltamem_vllm.dealing.pool import PagePool
+from deltamem_vllm.dealing.tables import PageTables
+from deltamem_vllm.memory.plans import CompactionPlan, Probe
+from deltamem_vllm.ops.dealt_pages import DealtPages
+from deltamem_vllm.ops.inputs import make_layout
+from deltamem_vllm.scoring.base import Scorer, ScoreView
+
+LAYERS, HEADS, SIZE, DIM = 3, 2, 8, 4
+FIRST = tuple(range(12))
+SECOND = tuple(range(20, 26))
+THIRD = tuple(range(40, 43))
+
+
+class KeyLength(Scorer):
+    """Long keys matter; counts what it is asked."""
+
+    name = "key-length"
+    summary = "for this test"
+    source = "this test"
+    comparable = True
+
+    def __init__(self) -> None:
+        self.tokens = 0
+
+    def score(self, view: ScoreView) -> Tensor:
+        self.tokens += view.num_kv_heads * view.num_resident
+        # The mean makes scores depend on which tokens are rated together: those of one head, and no padding.
+        return view.keys_f32.norm(dim=2) + view.values_f32.mean((1, 2)).unsqueeze(1)
+
+
+def make_dealer(seed: int = 0) -> Dealer:
+    torch.manual_seed(seed)
+    memory = torch.randn(LAYERS, 64, HEADS, SIZE, 2 * DIM) * torch.rand(LAYERS, 1, HEADS, 1, 1)
+    pool = PagePool(list(memory))
+    tables = PageTables(pool, max_rows=2, max_width=64, fixed=False)
+    return Dealer(tables, DealtPages(make_layout("slot_major", SIZE, DIM)), [1.0] * LAYERS, None, None, 0.0, 0)
+
+
+def plan(source: tuple[int, ...], target: tuple[int, ...], resident: int, serial: int) -> CompactionPlan:
+    keep = len(target) * SIZE
+    return CompactionPlan(
+        "r", source, target, target, resident, keep, 100, 100 - resident, 100 - keep, 2, 3, "key-length", "global",
+        serial, in_place=False,
+    )  # fmt: skip
+
+
+def probe_before(compaction: CompactionPlan, compacted_next: bool) -> Probe:
+    return Probe(
+        "r", compaction.source_blocks, compaction.resident_before, compaction.logical_len, 2, 3, "key-length",
+        "global", compacted_next,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("compacted_next", [True, False])
+def test_a_probe_before_a_compaction_changes_nothing_but_the_work(compacted_next: bool) -> None:
+    plain, probed = make_dealer(), make_dealer()
+    for step in (plan(FIRST, SECOND, 93, 1), plan((*SECOND, 30), THIRD, 6 * SIZE + 5, 2)):
+        alone, both = KeyLength(), KeyLength()
+        expected = plain.run(step, alone)
+        probed.probe(probe_before(step, compacted_next), both)
+        assert torch.equal(probed.run(step, both), expected)
+        assert both.tokens == (1 if compacted_next else 2) * alone.tokens
+    lengths = plain.tables.requests["r"].counts
+    assert lengths.unique().numel() > 1, "heads of different lengths are what this is about"
+    assert torch.equal(plain.tables.pool.pages, probed.tables.pool.pages)
+
+
+def test_ratings_are_used_once() -> None:
+    dealer, scorer = make_dealer(), KeyLength()
+    step = plan(FIRST, SECOND, 93, 1)
+    dealer.probe(probe_before(step, compacted_next=True), scorer)
+    dealer.run(step, scorer)
+    rated = scorer.tokens
+    dealer.run(plan((*SECOND, 30), THIRD, 6 * SIZE + 5, 2), scorer)
+    assert scorer.tokens > rated
+
+
+def test_more_ratings_than_may_be_kept_are_worked_out_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "_MOST_RATED", LAYERS * HEADS * 93 - 1)
+    dealer, scorer = make_dealer(), KeyLength()
+    step = plan(FIRST, SECOND, 93, 1)
+    dealer.probe(probe_before(step, compacted_next=True), scorer)
+    dealer.run(step, scorer)
+    assert scorer.tokens == 2 * LAYERS * HEADS * 93
+
+
+def test_heads_are_rated_apart_where_they_would_not_fit_a_cache(monkeypatch: pytest.MonkeyPatch) -> None:
+    step = plan(FIRST, SECOND, 93, 1)
+    together = make_dealer().run(step, KeyLength())
+    monkeypatch.setattr(module, "_NUMBERS_IN_CACHE", 93 * DIM)
+    assert torch.equal(make_dealer().run(step, KeyLength()), together)
+
+
+def test_runs_of_heads() -> None:
+    def runs(tokens: list[int], width: int) -> list[tuple[int, int]]:
+        return [(run.start, run.stop) for run in _rated_together(tokens, width)]
+
+    assert runs([5, 5, 7, 7, 7, 5], 0) == [(0, 2), (2, 5), (5, 6)]
+    assert runs([1 << 14] * 3, 2) == [(0, 2), (2, 3)]
+    assert runs([1 << 20] * 2, 64) == [(0, 1), (1, 2)], "one head at least"
+    assert runs([1 << 20] * 2, 0) == [(0, 2)], "a GPU takes all"
