@@ -13,6 +13,7 @@ from torch import Tensor
 
 from deltamem_vllm.dealing.deal import RankedPages, curve, deal, page_mass, page_utilities, survivors
 from deltamem_vllm.dealing.prior import HeadPrior, combine
+from deltamem_vllm.dealing.rated import Rated, of_survivors, with_tail
 from deltamem_vllm.dealing.redundancy import discount_repeats
 from deltamem_vllm.dealing.tables import PageTables
 from deltamem_vllm.memory.budgets import cdiv
@@ -20,6 +21,7 @@ from deltamem_vllm.memory.curves import UtilityCurve
 from deltamem_vllm.memory.plans import CompactionPlan, Probe
 from deltamem_vllm.ops.dealt_pages import DealtPages
 from deltamem_vllm.scoring.base import Scorer, ScoreView
+from deltamem_vllm.scoring.seen import Seen
 from deltamem_vllm.scoring.window import ObservationWindow
 
 # Survivors moved at a time when the copy is out of place: bounds the scratch memory (with D = 128 in bf16: 256 MiB).
@@ -45,6 +47,7 @@ class Valued:
     weight: ``[L, H]`` what a pair is worth as a whole; None where all pairs are alike.
     scores, lengths: ``[L, H, N]`` as the scorer gave them, ``[L, H]`` tokens of each pair.
     floor: pages that every pair gets.
+    seen: over all that was ever rated; None where scores do not last.
     """
 
     pages: Tensor
@@ -54,6 +57,7 @@ class Valued:
     scores: Tensor
     lengths: Tensor
     floor: int
+    seen: Seen | None
 
 
 class Dealer:
@@ -111,7 +115,11 @@ class Dealer:
         keep = survivors(valued.ranked.order, counts, pool.block_size)
         target = pool.ids(torch.tensor(plan.target_blocks, device=pool.device)).flatten().long()
         self._move(valued.pages, keep, target, plan.in_place)
-        self.tables.put(plan.request_id, plan.serial, budget, counts, target)
+        rated = None
+        if valued.seen is not None:
+            widest = int(counts.max()) * pool.block_size
+            rated = of_survivors(scorer.name, valued.scores, keep, valued.seen, widest)
+        self.tables.put(plan.request_id, plan.serial, budget, counts, target, rated)
         return keep
 
     @torch.inference_mode()
@@ -138,7 +146,7 @@ class Dealer:
         began = time.perf_counter()
         pool = self.tables.pool
         pages, lengths = self.tables.source(request.request_id, blocks, resident)
-        scores = self._scores(request.request_id, pages, lengths, scorer)
+        scores, seen = self._scores(request.request_id, pages, lengths, scorer)
         on_device = lengths.to(pool.device)
         ranked = page_utilities(scores, on_device, pool.block_size, request.sink_tokens, request.recent_tokens)
         live = ranked.utility if request.dealing == "global" and scorer.comparable else None
@@ -155,13 +163,42 @@ class Dealer:
         utility = combine(live, prior)
         self.scoring_seconds += time.perf_counter() - began
         floor = max(cdiv(request.sink_tokens + request.recent_tokens, pool.block_size), 1)
-        return Valued(pages, ranked, utility, weight, scores, on_device, floor)
+        return Valued(pages, ranked, utility, weight, scores, on_device, floor, seen)
 
-    def _scores(self, request_id: str, pages: Tensor, lengths: Tensor, scorer: Scorer) -> Tensor:
-        """Scores of every resident token, ``[L, H, N]``; N is the longest pair's length."""
+    def _scores(self, request_id: str, pages: Tensor, lengths: Tensor, scorer: Scorer) -> tuple[Tensor, Seen | None]:
+        """Scores of every resident token, ``[L, H, N]``, and what was seen; N is the longest pair's length."""
+        known = self._known(request_id, scorer)
+        if known is None:
+            # Heads that hold different numbers of tokens have lost some: what is left does not tell what was usual.
+            lasting = scorer.lasting and self._redundancy == 0 and request_id not in self.tables.requests
+            return self._rate(request_id, pages, lengths, scorer, None, lasting)
+        dealt, size = self.tables.requests[request_id], self.tables.pool.block_size
+        counts = dealt.counts * size
+        tail = lengths - counts.to(lengths.device)  # the same for all pairs
+        new = int(tail[0, 0])
+        column = dealt.counts.unsqueeze(2) + torch.arange(cdiv(new, size), device=pages.device)
+        if not new:
+            return known.scores, known.seen
+        scores, seen = self._rate(request_id, pages.gather(2, column), tail, scorer, known.seen, True)
+        return with_tail(known, counts, scores), seen
+
+    def _known(self, request_id: str, scorer: Scorer) -> Rated | None:
+        """What the dealt tokens were rated, if that still holds."""
+        dealt = self.tables.requests.get(request_id)
+        rated = None if dealt is None else dealt.rated
+        return rated if rated is not None and rated.scorer == scorer.name else None
+
+    def _rate(
+        self, request_id: str, pages: Tensor, lengths: Tensor, scorer: Scorer, before: Seen | None, lasting: bool
+    ) -> tuple[Tensor, Seen | None]:
+        """Scores of the tokens in these pages, ``[L, H, N]``, and what has been seen: ``before``, and they.
+
+        Scores that are to last need lengths that are all alike; for others nothing is summed up.
+        """
         pool = self.tables.pool
         rows = self._window.rows(request_id) if scorer.needs_queries and self._window is not None else None
         scores = torch.full((pool.layers, pool.heads, int(lengths.max())), float("-inf"), device=pool.device)
+        seen: list[Seen] = []
         for layer in range(pool.layers):
             queries = None
             if rows is not None:
@@ -175,17 +212,29 @@ class Dealer:
                 part = None if queries is None else queries[own.start * group : own.stop * group]
                 count = tokens[own.start]
                 view = (keys[own, :count], values[own, :count], part)
-                scores[layer, own, :count] = self._score(layer, own.start, *view, scorer)
-        return scores
+                so_far = None
+                if lasting:
+                    now = Seen.of(keys[own, :count], values[own, :count])
+                    so_far = now if before is None else before[layer][own] + now
+                    seen.append(so_far)
+                scores[layer, own, :count] = self._score(layer, own.start, *view, scorer, so_far)
+        return scores, Seen.joined(seen, pool.layers) if lasting else None
 
     def _score(
-        self, layer: int, head: int, keys: Tensor, values: Tensor, queries: Tensor | None, scorer: Scorer
+        self,
+        layer: int,
+        head: int,
+        keys: Tensor,
+        values: Tensor,
+        queries: Tensor | None,
+        scorer: Scorer,
+        seen: Seen | None,
     ) -> Tensor:
         """Scores of the tokens of the heads from ``head`` on, ``[heads, n]``; keys and values ``[heads, n, D]``."""
         count = keys.shape[1]
         if queries is not None and queries.shape[1] > count:
             queries = queries[:, queries.shape[1] - count :]  # a pair may hold fewer tokens than the window has queries
-        view = ScoreView(keys, values, queries, self._scales[layer], layer, self._seed, head)
+        view = ScoreView(keys, values, queries, self._scales[layer], layer, self._seed, head, seen)
         scores = scorer.score(view)
         return discount_repeats(scores, keys, values, self._redundancy) if self._redundancy > 0 else scores
 

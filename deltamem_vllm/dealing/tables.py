@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from deltamem_vllm.dealing.pool import PagePool
+from deltamem_vllm.dealing.rated import Rated
 
 
 @dataclass(frozen=True)
@@ -31,12 +32,14 @@ class DealtRequest:
     blocks: m, how many blocks of the request's block table were dealt; the rest are its tail.
     counts: ``[L, H]`` int64, pages of each pair.
     pages: ``[L, H, widest]`` int32 page numbers; entries past a pair's count are 0.
+    rated: what the entries in them were rated; None by a scorer whose scores do not last.
     """
 
     serial: int
     blocks: int
     counts: Tensor
     pages: Tensor
+    rated: Rated | None = None
 
     @property
     def widest(self) -> int:
@@ -86,12 +89,14 @@ class PageTables:
 
     # ---- requests ----------------------------------------------------------------------------------------------
 
-    def put(self, request_id: str, serial: int, blocks: int, counts: Tensor, target: Tensor) -> None:
+    def put(
+        self, request_id: str, serial: int, blocks: int, counts: Tensor, target: Tensor, rated: Rated | None = None
+    ) -> None:
         """Take over what a compaction dealt.
 
         Parameters
         ----------
-        request_id, serial, blocks: as in `DealtRequest`.
+        request_id, serial, blocks, rated: as in `DealtRequest`.
         counts: ``[L, H]`` int64, summing up to ``len(target)``.
         target: ``[pages]`` page numbers, those of the first pair first, then the second's, layer by layer.
         """
@@ -100,7 +105,7 @@ class PageTables:
         column = torch.arange(widest, device=target.device)
         index = ((ends - counts).unsqueeze(-1) + column).clamp_(max=len(target) - 1)
         pages = target.to(torch.int32)[index].masked_fill_(column >= counts.unsqueeze(-1), 0)
-        self.requests[request_id] = DealtRequest(serial, blocks, counts, pages)
+        self.requests[request_id] = DealtRequest(serial, blocks, counts, pages, rated)
 
     def keep_only(self, dealt: Mapping[str, int]) -> None:
         """Forget requests that left; the others must be known under these serials.

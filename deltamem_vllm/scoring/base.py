@@ -17,6 +17,8 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from deltamem_vllm.scoring.seen import Seen
+
 # Larger than the ordered bits of +inf (0x7F800000): a protected entry beats every possible score.
 _PROTECTED_RANK = 0x7FFFFFFF
 _INDEX_BITS = 32
@@ -44,6 +46,9 @@ class ScoreView:
         Seed of the policy, for scorers that draw numbers.
     first_head
         Index of the first kv head, on this rank: heads that hold different numbers of entries are rated one by one.
+    seen
+        Over the entries of this view and all that these heads were rated before, for scorers whose scores last; None
+        where the entries here are all there are to go by.
     """
 
     keys: Tensor
@@ -53,6 +58,7 @@ class ScoreView:
     layer: int = 0
     seed: int = 0
     first_head: int = 0
+    seen: Seen | None = None
 
     def __post_init__(self) -> None:
         keys, values, queries = self.keys, self.values, self.queries
@@ -145,6 +151,10 @@ class Scorer(ABC):
 
     Attention of the newest queries does not qualify, although it is a mass: heads that retrieve rest on the sink until
     something is to be retrieved, and would be left with nothing (measured: docs/results/eval)."""
+
+    lasting: ClassVar[bool] = False
+    """Whether an entry's score depends on nothing that comes after it, so that it need not be rated again. Where pages
+    are dealt, a compaction then rates only the entries since the last one, and `ScoreView.seen` tells of the others."""
 
     learned: ClassVar[str | None] = None
     """Name of the calibration's tensor that it cannot do without. A server that has none refuses to start with it."""

@@ -12,21 +12,25 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from deltamem_vllm.scoring.seen import Seen, norms
+
 
 def feature_widths(key_dim: int, value_dim: int) -> tuple[int, ...]:
     """How many numbers each part of `feature_parts` has, for keys and values of these sizes."""
     return 1, key_dim, key_dim // 2, value_dim, 1, 1, 1, 1
 
 
-def feature_parts(keys: Tensor, values: Tensor) -> tuple[Tensor, ...]:
+def feature_parts(keys: Tensor, values: Tensor, seen: Seen | None = None) -> tuple[Tensor, ...]:
     """The features of every entry, in parts: put next to each other, all of them would be a copy of the cache.
 
     Parameters
     ----------
     keys
-        ``[H_kv, n, D]`` floating point, RoPE applied: all resident entries of each head, for the means.
+        ``[H_kv, n, D]`` floating point, RoPE applied.
     values
         ``[H_kv, n, D_v]``, same order.
+    seen
+        What the means are of: over these entries and all before. None: over these.
 
     Returns
     -------
@@ -37,16 +41,16 @@ def feature_parts(keys: Tensor, values: Tensor) -> tuple[Tensor, ...]:
         the head's mean value.
     """
     keys, values = keys.float(), values.float()
-    half = keys.shape[2] // 2
-    direction = F.normalize(keys, dim=-1)
-    anchor = F.normalize(direction.mean(1, keepdim=True), dim=-1)
+    usual = Seen.of(keys, values) if seen is None else seen
+    half, length = keys.shape[2] // 2, norms(keys)
+    anchor = F.normalize(usual.directions, dim=-1).unsqueeze(2)
     return (
         torch.ones_like(keys[..., :1]),
         keys,
         torch.hypot(keys[..., :half], keys[..., half : 2 * half]),
         values,
-        keys.norm(dim=-1, keepdim=True),
+        length,
         values.norm(dim=-1, keepdim=True),
-        direction @ anchor.transpose(1, 2),
-        (values - values.mean(1, keepdim=True)).norm(dim=-1, keepdim=True),
+        keys @ anchor / length,
+        (values - (usual.values / usual.count).unsqueeze(1)).norm(dim=-1, keepdim=True),
     )

@@ -23,6 +23,7 @@ class PredictorScorer(Scorer):
     summary = "attention to come, as the model's calibration predicts it from keys and values; compares across heads"
     source = "deltamem; the attention it learns to predict is that of KVzip, arXiv 2505.23416"
     comparable = True
+    lasting = True
     learned = "predictor"
 
     def __init__(self) -> None:
@@ -45,6 +46,8 @@ class PredictorScorer(Scorer):
                 "asked for; calibrate the model that is served"
             )
         expected = torch.zeros(keys.shape[:2], device=keys.device)
-        for part, weight in zip(feature_parts(keys, values), torch.split(weights, list(widths), 1), strict=True):
+        for part, weight in zip(
+            feature_parts(keys, values, view.seen), torch.split(weights, list(widths), 1), strict=True
+        ):
             expected += (part @ weight.unsqueeze(2)).squeeze(2)
         return expected.exp_()

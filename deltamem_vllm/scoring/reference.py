@@ -111,8 +111,9 @@ def features(view: ScoreView, head: int, j: int) -> list[float]:
     key, value = keys[j], values[j]
     half = len(key) // 2
     units = [k / k.norm() for k in keys]
-    anchor = sum(units[1:], units[0]) / len(units)
-    mean = sum(values[1:], values[0]) / len(values)
+    anchor, mean = sum(units[1:], units[0]), sum(values[1:], values[0]) / len(values)
+    if view.seen is not None:
+        anchor, mean = view.seen.directions[head].double(), view.seen.values[head].double() / view.seen.count
     return [
         1.0,
         *key.tolist(),

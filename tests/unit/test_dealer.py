@@ -111,3 +111,74 @@ def test_runs_of_heads() -> None:
     assert runs([1 << 14] * 3, 2) == [(0, 2), (2, 3)]
     assert runs([1 << 20] * 2, 64) == [(0, 1), (1, 2)], "one head at least"
     assert runs([1 << 20] * 2, 0) == [(0, 2)], "a GPU takes all"
+
+
+class Unusual(Scorer):
+    """What differs from all that was seen matters, once and for all; counts what it is asked."""
+
+    name = "unusual"
+    summary = "for this test"
+    source = "this test"
+    comparable = True
+    lasting = True
+
+    def __init__(self) -> None:
+        self.tokens = 0
+        self.given: list[Tensor] = []
+
+    def score(self, view: ScoreView) -> Tensor:
+        assert view.seen is not None
+        self.tokens += view.num_kv_heads * view.num_resident
+        usual = view.seen.values / view.seen.count
+        scores = (view.values_f32 - usual.unsqueeze(1)).norm(dim=2) + (view.keys_f32 @ view.seen.directions[..., None])[
+            ..., 0
+        ].abs()
+        self.given.append(scores)
+        return scores
+
+
+def test_lasting_scores_stay_with_their_entries() -> None:
+    dealer, scorer = make_dealer(), Unusual()
+    first, second = plan(FIRST, SECOND, 93, 1), plan((*SECOND, 30), THIRD, 6 * SIZE + 5, 2)
+    pages, _ = dealer.tables.source("r", FIRST, 93)
+    whole = [dealer._mover.read(dealer.tables.pool.flat, pages[layer], 93) for layer in range(LAYERS)]
+    kept = dealer.run(first, scorer)
+    assert scorer.tokens == LAYERS * HEADS * 93
+    rated = dealer.tables.requests["r"].rated
+    assert rated is not None and rated.seen.count == 93
+    for layer, given in enumerate(scorer.given):
+        for head in range(HEADS):
+            own = given[head][kept[layer, head]]
+            assert torch.equal(rated.scores[layer, head, : len(own)], own)
+            assert rated.scores[layer, head, len(own) :].eq(-torch.inf).all()
+        torch.testing.assert_close(rated.seen.values[layer], whole[layer][1].float().sum(1))
+        unit = torch.nn.functional.normalize(whole[layer][0].float(), dim=-1)
+        torch.testing.assert_close(rated.seen.directions[layer], unit.sum(1))
+    tail_pages = dealer.tables.pool.ids(torch.tensor([30]))
+    tail = [dealer._mover.read(dealer.tables.pool.flat, tail_pages[layer], 5) for layer in range(LAYERS)]
+    before, scorer.given, scorer.tokens = rated, [], 0
+    kept = dealer.run(second, scorer)
+    assert scorer.tokens == LAYERS * HEADS * 5, "what stayed is not rated again"
+    rated = dealer.tables.requests["r"].rated
+    assert rated is not None and rated.seen.count == 98
+    for layer, given in enumerate(scorer.given):
+        torch.testing.assert_close(
+            rated.seen.values[layer], whole[layer][1].float().sum(1) + tail[layer][1].float().sum(1)
+        )
+        for head in range(HEADS):
+            old = before.scores[layer, head]
+            every = torch.cat([old[old > -torch.inf], given[head]])
+            own = every[kept[layer, head][: len(every)]]
+            assert torch.equal(rated.scores[layer, head, : len(own)], own)
+
+
+def test_scores_of_another_scorer_are_not_taken_over() -> None:
+    dealer, other = make_dealer(), KeyLength()
+    dealer.run(plan(FIRST, SECOND, 93, 1), other)
+    assert dealer.tables.requests["r"].rated is None
+    dealer = make_dealer()
+    dealer.run(plan(FIRST, SECOND, 93, 1), Unusual())
+    other.tokens = 0
+    dealer.run(plan((*SECOND, 30), THIRD, 6 * SIZE + 5, 2), other)
+    assert other.tokens == LAYERS * HEADS * (6 * SIZE + 5), "all of it is rated anew"
+    assert dealer.tables.requests["r"].rated is None

@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 from deltamem_vllm.scoring import reference, registry
 from deltamem_vllm.scoring.base import Scorer, ScoreView, select_survivors
 from deltamem_vllm.scoring.features import feature_parts, feature_widths
+from deltamem_vllm.scoring.seen import Seen
 
 
 def make_view(
@@ -83,7 +84,10 @@ class TestScores:
         assert phi.shape[2] == sum(feature_widths(8, 8))
         for head in range(view.num_kv_heads):
             rows = [reference.features(view, head, j) for j in range(view.num_resident)]
-            torch.testing.assert_close(phi[head].double(), torch.tensor(rows, dtype=torch.float64))
+            # float32 against float64; a cosine near 0 is a sum of products that cancel.
+            torch.testing.assert_close(
+                phi[head].double(), torch.tensor(rows, dtype=torch.float64), rtol=1e-5, atol=1e-6
+            )
 
     def test_predictor_rates_heads_one_by_one_as_together(self) -> None:
         """After a first compaction heads hold different numbers of entries."""
@@ -99,6 +103,20 @@ class TestScores:
         assert not torch.allclose(scorer.score(other)[0], together[1])
         above = ScoreView(view.keys, view.values, None, view.scale, 2, view.seed)
         assert not torch.allclose(scorer.score(above), together)
+
+    def test_predictor_goes_by_all_that_was_seen(self) -> None:
+        """An entry is rated the same alone as among those before it, if these are counted among what was seen."""
+        scorer, view = load("predictor", 3), make_view(kv_heads=3, group=1)
+        whole, size = Seen.of(view.keys, view.values), view.num_resident
+        last = (view.keys[:, size // 2 :], view.values[:, size // 2 :])
+        rest = ScoreView(*last, None, view.scale, view.layer, view.seed, seen=whole)
+        torch.testing.assert_close(scorer.score(rest), scorer.score(view)[:, size // 2 :])
+        expected = reference.predictor(rest, weights_for(heads=3))
+        torch.testing.assert_close(scorer.score(rest).double(), expected, rtol=1e-4, atol=0)
+        forgetful = ScoreView(*last, None, view.scale, view.layer, view.seed)
+        assert not torch.allclose(scorer.score(forgetful), scorer.score(rest))
+        first = Seen.of(view.keys[:, : size // 2], view.values[:, : size // 2])
+        torch.testing.assert_close((first + Seen.of(*last)).directions, whole.directions)
 
     def test_predictor_says_what_it_lacks(self) -> None:
         with pytest.raises(ValueError, match="'predictor' has no weights.*deltamem calibrate"):

@@ -85,6 +85,6 @@ def test_shipped_calibration_belongs_to_the_embedded_model(smollm2_path: str) ->
     assert shipped.predictor is not None and shipped.predictor.shape == (30, 3, 165)
     held_out = shipped.card.details["metrics"]["predictor_held_out"]
     for kept in held_out["kept"].values():
-        assert kept["predictor"] > 0.95 * kept["oracle"] > kept["random"]
+        assert kept["predictor"] > 0.9 * kept["oracle"] > kept["random"]
     shares_of_quarter = torch.tensor(shipped.card.details["shares"]["0.25"]["heads"])
     torch.testing.assert_close(shares_of_quarter, shares(shipped.rank_utility, 0.25), atol=1e-3, rtol=0)
