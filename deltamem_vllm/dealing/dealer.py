@@ -151,7 +151,7 @@ class Dealer:
         ranked = page_utilities(scores, on_device, pool.block_size, request.sink_tokens, request.recent_tokens)
         live = ranked.utility if request.dealing == "global" and scorer.comparable else None
         prior = None
-        if self._prior is not None:
+        if self._prior is not None and (scorer.profiled or live is None):
             count = ranked.utility.shape[2]
             prior = self._prior.pages(request.logical_len, pool.block_size, count, on_device)
         source = prior if prior is not None else live

@@ -51,14 +51,8 @@ class KVzipReference:
         if plan.scorer != KVZIP:
             self._run(plan)
             return
-        dealer = self._compactor._dealer
-        prior = None if dealer is None else dealer._prior
         KVzipScorer.scores = self._scores[plan.request_id]
         try:
-            if plan.dealing == "global":
-                dealer._prior = None  # KVzip has no profile of the model: its scores are all it goes by
             self._run(plan)
         finally:
             KVzipScorer.scores = None
-            if plan.dealing == "global":
-                dealer._prior = prior

@@ -152,6 +152,10 @@ class Scorer(ABC):
     Attention of the newest queries does not qualify, although it is a mass: heads that retrieve rest on the sink until
     something is to be retrieved, and would be left with nothing (measured: docs/results/eval)."""
 
+    profiled: ClassVar[bool] = True
+    """Whether the calibration's head profile has a say where these scores share pages out. False for references that
+    are to be judged by themselves."""
+
     lasting: ClassVar[bool] = False
     """Whether an entry's score depends on nothing that comes after it, so that it need not be rated again. Where pages
     are dealt, a compaction then rates only the entries since the last one, and `ScoreView.seen` tells of the others."""

@@ -4,6 +4,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import Tensor
@@ -11,6 +13,7 @@ from torch import Tensor
 from deltamem_vllm.dealing import dealer as module
 from deltamem_vllm.dealing.dealer import Dealer, _rated_together
 from deltamem_vllm.dealing.pool import PagePool
+from deltamem_vllm.dealing.prior import HeadPrior
 from deltamem_vllm.dealing.tables import PageTables
 from deltamem_vllm.memory.plans import CompactionPlan, Probe
 from deltamem_vllm.ops.dealt_pages import DealtPages
@@ -170,6 +173,30 @@ def test_lasting_scores_stay_with_their_entries() -> None:
             every = torch.cat([old[old > -torch.inf], given[head]])
             own = every[kept[layer, head][: len(every)]]
             assert torch.equal(rated.scores[layer, head, : len(own)], own)
+
+
+class Unprofiled(KeyLength):
+    """As it is, whatever the model's calibration says."""
+
+    profiled = False
+
+
+def test_a_scorer_may_be_judged_by_itself() -> None:
+    step = plan(FIRST, SECOND, 93, 1)
+    profile = torch.rand(LAYERS, HEADS, 16).sort(-1, descending=True).values * torch.rand(LAYERS, HEADS, 1)
+    alone, kept = make_dealer().run(step, KeyLength()), {}
+    for scorer in (KeyLength(), Unprofiled()):
+        dealer = make_dealer()
+        dealer._prior = HeadPrior(profile)
+        kept[scorer.profiled] = dealer.run(step, scorer)
+        if not scorer.profiled:  # where the profile alone deals, it deals for every scorer
+            by_profile = [make_dealer(), make_dealer()]
+            for one in by_profile:
+                one._prior = HeadPrior(profile)
+            only = replace(step, dealing="profile")
+            assert torch.equal(by_profile[0].run(only, KeyLength()), by_profile[1].run(only, Unprofiled()))
+    assert torch.equal(kept[False], alone)
+    assert not torch.equal(kept[True], alone)
 
 
 def test_scores_of_another_scorer_are_not_taken_over() -> None:

@@ -138,20 +138,19 @@ def test_no_server_has_it() -> None:
 
 
 class Compactor:
-    """Records which scores and which prior a compaction finds."""
+    """Records which scores a compaction finds."""
 
     def __init__(self) -> None:
-        self._dealer: Any = SimpleNamespace(_prior="prior")
-        self.found: list[tuple[Tensor | None, Any]] = []
+        self.found: list[Tensor | None] = []
         self.fail = False
 
     def run(self, plan: Any) -> None:
-        self.found.append((KVzipScorer.scores, self._dealer and self._dealer._prior))
+        self.found.append(KVzipScorer.scores)
         if self.fail:
             raise RuntimeError("no memory")
 
 
-def test_each_compaction_finds_its_own_scores_and_no_prior(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_each_compaction_finds_its_own_scores(monkeypatch: pytest.MonkeyPatch) -> None:
     compactor = Compactor()
     reference = KVzipReference(SimpleNamespace(deltamem=SimpleNamespace(compactor=compactor)), "model", "cpu", 4)
     reference._rater = SimpleNamespace(rate=lambda prompt: torch.full((1, 1, len(prompt)), float(prompt[0])))  # type: ignore[assignment]
@@ -159,17 +158,14 @@ def test_each_compaction_finds_its_own_scores_and_no_prior(monkeypatch: pytest.M
     reference.prepare("b", [5, 6, 7])
     for request, scorer in (("b", "kvzip"), ("a", "kvzip"), ("a", "tova")):
         compactor.run(SimpleNamespace(scorer=scorer, request_id=request, dealing="global"))
-    # With `profile` it is the calibration that deals, and KVzip ranks the tokens of a head.
-    compactor.run(SimpleNamespace(scorer="kvzip", request_id="a", dealing="profile"))
-    (b, of_b), (a, of_a), (none, of_tova), (again, of_profile) = compactor.found
-    assert again is a and of_profile == "prior"
+    b, a, none = compactor.found
     assert b is not None and b.tolist() == [[[5.0] * 3]]
     assert a is not None and a.tolist() == [[[3.0] * 2]]
-    assert (none, of_a, of_b, of_tova) == (None, None, None, "prior")
+    assert none is None
     compactor.fail = True
     with pytest.raises(RuntimeError, match="no memory"):
         compactor.run(SimpleNamespace(scorer="kvzip", request_id="a", dealing="global"))
-    assert compactor._dealer._prior == "prior" and KVzipScorer.scores is None
+    assert KVzipScorer.scores is None
     reference.forget("a")
     with pytest.raises(KeyError):
         compactor.run(SimpleNamespace(scorer="kvzip", request_id="a", dealing="global"))

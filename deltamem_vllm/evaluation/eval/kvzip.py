@@ -40,6 +40,7 @@ class KVzipScorer(Scorer):
     summary = "the attention of a second pass that repeats the prompt; a reference, in the evaluation only"
     source = "KVzip, arXiv 2505.23416"
     comparable = True
+    profiled = False  # KVzip has no profile of the model: its scores are all it goes by
 
     scores: ClassVar[Tensor | None] = None
     """[layers, kv heads, entries] float32 of the request that is being compacted."""
