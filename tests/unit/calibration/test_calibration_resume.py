@@ -71,7 +71,7 @@ def test_it_goes_on_where_it_was_and_comes_to_the_same(tiny: Callable[[str], Pat
     [
         ({"tokens": 81}, "tokens was 80, is 81"),
         ({"seed": 1}, "seed was 0, is 1"),
-        ({"target": "answers"}, 'target was "repeat", is "answers"'),
+        ({"target": "answers"}, 'target was "both", is "answers"'),
         ({"samples": 4}, "samples was 3, is 4"),
         ({"kinds": ("novel", "code")}, r'kinds was \["novel", "log"\], is \["novel", "code"\]'),
     ],
