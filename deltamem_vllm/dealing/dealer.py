@@ -96,7 +96,8 @@ class Dealer:
         self._redundancy = redundancy
         self._seed = seed
         self.scoring_seconds = 0.0
-        self._rated: dict[str, Valued] = {}
+        # By all that makes a rating that of a compaction: one of other blocks would move the wrong tokens.
+        self._rated: dict[tuple[str, tuple[int, ...], int], Valued] = {}
 
     @torch.inference_mode()
     def run(self, plan: CompactionPlan, scorer: Scorer) -> Tensor:
@@ -107,7 +108,7 @@ class Dealer:
         ``[L, H, N]`` bool: the resident tokens that each pair kept.
         """
         pool = self.tables.pool
-        valued = self._rated.pop(plan.request_id, None)
+        valued = self._rated.pop((plan.request_id, tuple(plan.source_blocks), plan.resident_before), None)
         if valued is None:
             valued = self._value(plan, plan.source_blocks, plan.resident_before, scorer)
         budget = len(plan.target_blocks)
@@ -132,7 +133,7 @@ class Dealer:
         """
         valued = self._value(probe, probe.source_blocks, probe.resident_len, scorer)
         if probe.compacted_next and valued.scores.numel() + self._rated_entries() <= _MOST_RATED:
-            self._rated[probe.request_id] = valued
+            self._rated[probe.request_id, tuple(probe.source_blocks), probe.resident_len] = valued
         size, sink, recent = self.tables.pool.block_size, probe.sink_tokens, probe.recent_tokens
         mass = page_mass(valued.scores, valued.lengths, valued.ranked.order, size, sink, recent)
         if valued.weight is not None:
@@ -176,9 +177,9 @@ class Dealer:
         counts = dealt.counts * size
         tail = lengths - counts.to(lengths.device)  # the same for all pairs
         new = int(tail[0, 0])
-        column = dealt.counts.unsqueeze(2) + torch.arange(cdiv(new, size), device=pages.device)
         if not new:
             return known.scores, known.seen
+        column = dealt.counts.unsqueeze(2) + torch.arange(cdiv(new, size), device=pages.device)
         scores, seen = self._rate(request_id, pages.gather(2, column), tail, scorer, known.seen, True)
         return with_tail(known, counts, scores), seen
 

@@ -116,6 +116,16 @@ def test_runs_of_heads() -> None:
     assert runs([1 << 20] * 2, 0) == [(0, 2)], "a GPU takes all"
 
 
+def test_a_rating_of_other_blocks_is_not_used() -> None:
+    """Were a probed compaction not carried out, its ratings must not choose what a later one keeps."""
+    plain, probed = make_dealer(), make_dealer()
+    step = plan((*FIRST, 30), SECOND, 97, 1)
+    probed.probe(probe_before(plan(FIRST, SECOND, 93, 1), compacted_next=True), KeyLength())
+    alone, again = KeyLength(), KeyLength()
+    assert torch.equal(probed.run(step, again), plain.run(step, alone))
+    assert again.tokens == alone.tokens
+
+
 class Unusual(Scorer):
     """What differs from all that was seen matters, once and for all; counts what it is asked."""
 
