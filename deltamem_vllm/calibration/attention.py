@@ -81,12 +81,7 @@ class Recorder:
         implementation that it does not know, and one sequence without padding needs no other.
         """
         del dropout  # zero in evaluation mode
-        unserved = [name for name in _UNSERVED if options.get(name) is not None]
-        if unserved or attention_mask is not None or query.shape[0] != 1 or query.shape[1] % key.shape[1]:
-            raise CalibrationError(
-                f"{type(module).__name__} calls attention with {', '.join(unserved) or 'a mask or batch of its own'}; "
-                "supported: plain causal attention over the whole context"
-            )
+        refuse_other_attention(module, query, key, attention_mask, options)
         scale = query.shape[-1] ** -0.5 if scaling is None else scaling
         if self._entries is None:
             mask = _visible(query.shape[2], key.shape[2], 0, query.shape[2], query.device)
@@ -98,6 +93,24 @@ class Recorder:
         before = self._peaks.get(layer)
         self._peaks[layer] = peak if before is None else torch.maximum(before, peak)
         return out.transpose(0, 1).unsqueeze(0).contiguous(), None
+
+
+def refuse_other_attention(
+    module: torch.nn.Module, query: Tensor, key: Tensor, attention_mask: Tensor | None, options: dict[str, Any]
+) -> None:
+    """Check what transformers passes to an attention implementation.
+
+    Raises
+    ------
+    CalibrationError
+        The model wants attention other than causal over everything, or of more than one sequence.
+    """
+    unserved = [name for name in _UNSERVED if options.get(name) is not None]
+    if unserved or attention_mask is not None or query.shape[0] != 1 or query.shape[1] % key.shape[1]:
+        raise CalibrationError(
+            f"{type(module).__name__} calls attention with {', '.join(unserved) or 'a mask or batch of its own'}; "
+            "supported: plain causal attention over the whole context"
+        )
 
 
 def attend_and_peak(

@@ -14,11 +14,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from deltamem_vllm.calibration.attention import refuse_other_attention
 from deltamem_vllm.calibration.errors import CalibrationError
 
 _PIECE_ELEMENTS = 1 << 19
 _NUMBERS = itertools.count()
-_UNSERVED = ("sliding_window", "softcap", "s_aux", "position_bias", "sinks")
 
 
 class WatchedAttention:
@@ -82,12 +82,7 @@ class WatchedAttention:
             The model wants attention other than causal over everything.
         """
         del dropout  # zero in evaluation mode
-        unserved = [name for name in _UNSERVED if options.get(name) is not None]
-        if unserved or attention_mask is not None or query.shape[0] != 1 or query.shape[1] % key.shape[1]:
-            raise CalibrationError(
-                f"{type(module).__name__} calls attention with {', '.join(unserved) or 'a mask or batch of its own'}; "
-                "supported: plain causal attention over the whole context. Leave kvzip out of the grid"
-            )
+        refuse_other_attention(module, query, key, attention_mask, options)
         scale = query.shape[-1] ** -0.5 if scaling is None else scaling
         peak = None
         if self._watched:
