@@ -28,7 +28,7 @@ export VLLM_NO_USAGE_STATS ?= 1
 # `make system-tools` may have put tools there.
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
-.PHONY: help demo serve test test-all lint format typecheck eval bench lock clean system-tools prerequisites
+.PHONY: help demo serve test test-all lint format typecheck eval bench native sanitize lock clean system-tools prerequisites
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-13s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -75,12 +75,22 @@ eval: $(BIN)/.dev ## what eviction costs in answers and fidelity; ARGS="--quick"
 bench: $(BIN)/.dev ## stock vLLM against deltamem; ARGS="--quick"
 	$(BIN)/deltamem bench $(ARGS)
 
+# Only what changed is compiled; .runtime does the same when it installs the package.
+native: | prerequisites ## build the native library again after a change in csrc/
+	$(PYTHON) csrc/build.py
+
+# The kernels' tests once more, in a process whose memory is watched. Leaks are Python's own, at its end.
+SANITIZED := $(CURDIR)/build/sanitized/_native.so
+sanitize: $(BIN)/.dev ## the native kernels' tests under AddressSanitizer and UBSan; ARGS="..."
+	$(BIN)/python csrc/build.py --strict --sanitize --output $(SANITIZED) --work build/sanitized
+	$(BIN)/python scripts/sanitize.py $(SANITIZED) $(ARGS)
+
 lock: | prerequisites ## resolve requirements/*.in again into requirements/*.txt
 	scripts/lock.sh $(PYTHON)
 
 clean: ## remove the environment and everything built
 	rm -rf $(VENV) build dist *.egg-info packaging/*/build packaging/*/*.egg-info
-	rm -rf .pytest_cache .ruff_cache .hypothesis
+	rm -rf .pytest_cache .ruff_cache .hypothesis deltamem_vllm/_native.so
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # promtool checks the metrics in a test, which is skipped with a reason when there is none. Only that one
@@ -103,7 +113,8 @@ prerequisites:
 
 # --no-deps: the lock is complete and leaves some of vLLM's declared dependencies out (scripts/lock.sh).
 # torch alone brings its own along, for they differ with the kind of build that the index offers.
-$(BIN)/.runtime: requirements/cpu.txt pyproject.toml setup.py packaging/vllm-cpu-metadata/pyproject.toml | prerequisites
+$(BIN)/.runtime: requirements/cpu.txt pyproject.toml setup.py packaging/vllm-cpu-metadata/pyproject.toml \
+		$(wildcard csrc/*.py csrc/cpu/*) | prerequisites
 	@[ -x $(BIN)/python ] || $(PYTHON) -m venv $(VENV)
 	@echo "installing $(TORCH)" && $(PIP) install '$(TORCH)'
 	@echo "installing requirements/cpu.txt" && $(PIP) install --no-deps -r requirements/cpu.txt
@@ -114,3 +125,8 @@ $(BIN)/.runtime: requirements/cpu.txt pyproject.toml setup.py packaging/vllm-cpu
 $(BIN)/.dev: requirements/dev.txt $(BIN)/.runtime
 	@echo "installing requirements/dev.txt" && $(PIP) install --no-deps -r requirements/dev.txt
 	@touch $@
+
+# Needs a CUDA build of torch, which `pip install torch` brings on Linux unless PIP_FIND_LINKS has another one.
+.PHONY: gpu-check
+gpu-check: $(BIN)/.runtime ## GPU kernels: right and how fast; ARGS="--compile-only" needs no GPU
+	$(BIN)/python -m deltamem_vllm.evaluation.gpu_check $(ARGS)

@@ -69,6 +69,15 @@ class DeltaMemConfig(BaseModel):
     redundancy: float = Field(default=0.0, ge=0, le=1)
     """Similarity from which an entry counts as a repeat of another and is worth less; 0 looks for no repeats."""
 
+    cold_bits: Literal["auto", 0, 2, 4, 8] = "auto"
+    """Bits an element of tokens that are worth keeping, but not in full: several of them take the place of one. `auto`
+    takes 4 where they can be read at full speed: on a CPU, by attention without soft caps or ALiBi; 0 elsewhere.
+    0 keeps no such tokens."""
+
+    cold_loss: float | None = Field(default=None, ge=0, le=1)
+    """Share of its worth that a token is taken to lose with `cold_bits`; null takes what was measured. The higher, the
+    more tokens stay exact and the fewer are kept; with 0 only protected ones do until all are kept."""
+
     high_watermark: float = Field(default=0.95, gt=0, le=1)
     """Share of the pool in use at which mode `pressure` starts to evict. What is above it is room for copies."""
 
@@ -146,6 +155,15 @@ class DeltaMemConfig(BaseModel):
             )
         return self
 
+    @model_validator(mode="after")
+    def _cold_pages_are_dealt(self) -> DeltaMemConfig:
+        if self.has_cold and self.dealing == "equal":
+            raise ValueError(
+                f"cold_bits={self.cold_bits} together with dealing='equal': cold pages are dealt to layers and heads "
+                "by what they are worth; set dealing to 'global' or 'profile', or cold_bits to 0"
+            )
+        return self
+
     @classmethod
     def from_additional_config(cls, additional_config: object) -> DeltaMemConfig:
         """The configuration inside vLLM's ``additional_config``; it must be there (see `is_active`)."""
@@ -178,7 +196,7 @@ class DeltaMemConfig(BaseModel):
         """The fully resolved configuration as plain JSON values, defaults included."""
         return self.model_dump(mode="json")
 
-    def resolved(self, calibration: str | None, *, predictor: bool) -> DeltaMemConfig:
+    def resolved(self, calibration: str | None, *, predictor: bool, cold: bool = False) -> DeltaMemConfig:
         """The configuration of a server that has looked for a calibration.
 
         Parameters
@@ -187,6 +205,8 @@ class DeltaMemConfig(BaseModel):
             Folder of the one that was found; None if there is none.
         predictor
             Whether it has weights for the scorer `predictor`.
+        cold
+            Whether ``cold_bits`` `auto` means 4 and not 0.
         """
         scorer = self.scorer
         if scorer == AUTO:
@@ -196,7 +216,15 @@ class DeltaMemConfig(BaseModel):
                 scorer = "distinct"
             else:
                 scorer = "predictor" if predictor else "tova"
-        return self.model_copy(update={"calibration": calibration or "none", "scorer": scorer})
+        bits = self.cold_bits
+        if bits == AUTO:
+            bits = 4 if cold else 0
+        return self.model_copy(update={"calibration": calibration or "none", "scorer": scorer, "cold_bits": bits})
+
+    @property
+    def has_cold(self) -> bool:
+        """Whether pages may be cold. `auto` is not resolved yet before a server starts, and counts as no."""
+        return self.cold_bits not in (0, AUTO)
 
     @property
     def scorers(self) -> tuple[str, ...]:

@@ -28,7 +28,8 @@ COVERAGE = "deltamem_coverage"
 DEALING = "deltamem_dealing"
 MIN_TOKENS = "deltamem_min_tokens"
 SCORER = "deltamem_scorer"
-KEYS = (POLICY, MODE, KEEP_RATIO, KEEP_TOKENS, COVERAGE, DEALING, MIN_TOKENS, SCORER)
+COLD = "deltamem_cold"
+KEYS = (POLICY, MODE, KEEP_RATIO, KEEP_TOKENS, COVERAGE, DEALING, MIN_TOKENS, SCORER, COLD)
 
 MODES = ("pressure", "always")
 DEALINGS = ("global", "profile", "equal")
@@ -65,6 +66,8 @@ class RequestOptions:
         The request is left alone while it is shorter than this many tokens.
     scorer
         Name of the scorer that chooses its tokens.
+    cold
+        Whether some of its tokens may be written in fewer bits.
     """
 
     enabled: bool
@@ -75,6 +78,7 @@ class RequestOptions:
     dealing: str
     min_tokens: int
     scorer: str
+    cold: bool
 
     @classmethod
     def from_extra_args(cls, extra_args: Mapping[str, Any] | None, config: DeltaMemConfig) -> RequestOptions:
@@ -100,6 +104,7 @@ class RequestOptions:
             dealing=_one_of(DEALING, given.get(DEALING, config.dealing), DEALINGS),
             min_tokens=_whole(MIN_TOKENS, given.get(MIN_TOKENS, config.min_tokens), least=0),
             scorer=_scorer(given.get(SCORER, config.scorer), config),
+            cold=_cold(given, config),
         )
         options._check_together(given, config)
         return options
@@ -171,6 +176,18 @@ def _coverage(given: Mapping[str, Any], config: DeltaMemConfig) -> float | None:
     if COVERAGE not in given:
         return config.coverage
     return None if given[COVERAGE] == "off" else _share(COVERAGE, given[COVERAGE], " or 'off'")
+
+
+def _cold(given: Mapping[str, Any], config: DeltaMemConfig) -> bool:
+    if COLD not in given:
+        # Cold pages are dealt; a request that wants equal counts wants none.
+        return config.has_cold and given.get(DEALING) != "equal"
+    wanted = _one_of(COLD, given[COLD], ("on", "off")) == "on"
+    if wanted and not config.has_cold:
+        raise RequestOptionError(COLD, given[COLD], "'off' on this server, which has cold_bits=0")
+    if wanted and given.get(DEALING) == "equal":
+        raise RequestOptionError(COLD, given[COLD], f"'off' where {DEALING} is 'equal'")
+    return wanted
 
 
 def _scorer(value: object, config: DeltaMemConfig) -> str:

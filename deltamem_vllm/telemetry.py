@@ -166,7 +166,13 @@ METRICS: tuple[Metric, ...] = (
         "gauge",
         "KV bytes of the live requests by tier.",
         label="tier",
-        initial=("hot",),
+        initial=("hot", "cold"),
+    ),
+    Metric(
+        "cold_tokens",
+        "cold_tokens",
+        "gauge",
+        "Tokens of the live requests in cold pages, as a mean over layers and heads.",
     ),
     Metric(
         "reserve_blocks",

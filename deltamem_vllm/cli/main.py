@@ -13,7 +13,7 @@ from typing import Annotated
 
 import typer
 
-from deltamem_vllm.cli import bench, calibrate, model, plan, profile, scorers
+from deltamem_vllm.cli import bench, calibrate, codec, model, plan, profile, scorers
 from deltamem_vllm.cli import eval as eval_
 
 app = typer.Typer(
@@ -34,6 +34,7 @@ app.command(name="bench")(bench.bench)
 app.command(name="profile")(profile.profile)
 app.command(name="plan")(plan.plan)
 app.command(name="calibrate")(calibrate.calibrate)
+app.command(name="codec")(codec.codec)
 
 
 def _print_version(wanted: bool) -> None:

@@ -111,19 +111,39 @@ def deal(utility: Tensor, block_size: int, budget: int, floor: int) -> Tensor:
     if utility.device.type == "cpu":
         _check_supply(utility, budget, floor)
     worth = utility.float()
+    # Pages that are dealt anyway (they may hold protected tokens of no worth) must not hold back the later ones.
+    whole = worth[:, :, :floor] != float("-inf")
+    # Elsewhere infinity is a number like others: it does not go before an earlier page of its pair.
+    free = worth[:, :, floor:].clamp(max=torch.finfo(torch.float32).max)
+    worth = torch.cat([worth[:, :, :floor].masked_fill(whole, float("inf")), free], dim=2)
+    return deal_pages(worth, budget * layers * heads)
+
+
+def deal_pages(worth: Tensor, wanted: int) -> Tensor:
+    """Give ``wanted`` pages to the pairs that they are worth most to; see :func:`deal`.
+
+    Parameters
+    ----------
+    worth: ``[L, H, P]`` float, of each pair's next page and the ones after it; ``+inf`` where it must be dealt, -inf
+        where it cannot be.
+    wanted: pages, at most as many as can be dealt.
+
+    Returns
+    -------
+    ``[L, H]`` int64: pages of each pair.
+    """
+    layers, heads, count = worth.shape
+    worth = worth.float()
     whole = worth != float("-inf")
     # NaN would swallow all later pages of its pair in cummin.
-    worth = torch.where(whole, worth.nan_to_num(nan=0.0), float("-inf"))
-    # Pages that are dealt anyway (they may hold protected tokens of no worth) must not hold back the later ones.
-    worth[:, :, :floor].masked_fill_(whole[:, :, :floor], float("inf"))
-    rank = ordered_bits(worth.cummin(2).values)
-    rank[:, :, :floor].masked_fill_(whole[:, :, :floor], FIRST_RANK)
+    clean = torch.where(whole, worth.nan_to_num(nan=0.0, posinf=float("inf")), float("-inf"))
+    rank = ordered_bits(clean.cummin(2).values)
+    rank.masked_fill_(worth == float("inf"), FIRST_RANK)
     # (rank, place) is different for every page, so exactly the wanted number reaches the threshold.
-    place = torch.arange(count * layers * heads, device=utility.device).view(count, layers, heads).permute(1, 2, 0)
+    place = torch.arange(count * layers * heads, device=worth.device).view(count, layers, heads).permute(1, 2, 0)
     key = (rank << INDEX_BITS) + (INDEX_MASK - place)
-    wanted = budget * layers * heads
     if wanted == 0:
-        return torch.zeros(layers, heads, dtype=torch.int64, device=utility.device)
+        return torch.zeros(layers, heads, dtype=torch.int64, device=worth.device)
     threshold = key.flatten().topk(wanted, sorted=False).values.amin()
     return (key >= threshold).sum(2)
 

@@ -66,3 +66,51 @@ def retained(utility: Tensor, pages: Tensor) -> float:
         for head in range(heads)
         for k in range(int(pages[layer, head]))
     )
+
+
+def deal_pages(worth: Tensor, wanted: int) -> Tensor:
+    """As `deal`, of pages that may be worth more than one before them: such a page counts no more than that one.
+
+    ``worth`` is ``[L, H, P]``; +inf for pages that are dealt before all others, -inf for those that cannot be.
+    """
+    layers, heads, _ = worth.shape
+    pages = torch.zeros(layers, heads, dtype=torch.int64)
+    for _ in range(wanted):
+        offers = []
+        for layer in range(layers):
+            for head in range(heads):
+                own = [float(w) for w in worth[layer, head]]
+                k = int(pages[layer, head])
+                if k < len(own) and own[k] > -math.inf:
+                    offers.append((-min(own[: k + 1]), k, layer, head))
+        _, _, layer, head = min(offers)
+        pages[layer, head] += 1
+    return pages
+
+
+def splits(worth: list[float], pages: int, block_size: int, capacity: int, loss: float, floor: int) -> dict[int, float]:
+    """What one pair's pages hold, by how many of them are hot, for every way to split them.
+
+    ``worth`` is that of its tokens, best first. A hot page is full; a cold one has at least one token.
+    """
+    found = {}
+    for hot in range(floor, pages + 1):
+        exact, cold = hot * block_size, pages - hot
+        if exact > len(worth) or (cold and exact + (cold - 1) * capacity >= len(worth)):
+            continue
+        coded = worth[exact : exact + cold * capacity]
+        found[hot] = sum(worth[:exact]) + (1 - loss) * sum(coded)
+    return found
+
+
+def token_worth(order: list[int], pages: list[float], block_size: int, floor: int) -> list[float]:
+    """What one pair's tokens are worth, in their own order: an equal share of the page they are ranked into.
+
+    ``order`` is that ranking and ``pages`` the worth of its whole pages; tokens after the last of them count as those
+    in it, and those of the first ``floor`` pages as those of the next.
+    """
+    worth = [0.0] * len(order)
+    for place, token in enumerate(order):
+        page = min(max(place // block_size, floor), len(pages) - 1)
+        worth[token] = max(pages[page], 0.0) / block_size
+    return worth

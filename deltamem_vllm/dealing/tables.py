@@ -6,8 +6,8 @@ Building all tables anew in every step would cost milliseconds (layers x request
 rows are written once after a compaction; later steps only append the page of a new block, and move rows when the
 batch changes.
 
-A pair's pages are its dealt ones, full to the last slot, and then those of the tail: the blocks that vLLM gave to the
-request after its last compaction, which every pair uses alike.
+A pair's hot pages are its dealt ones, full to the last slot, and then those of the tail: the blocks that vLLM gave to
+the request after its last compaction, which every pair uses alike. Cold pages have tables of their own.
 """
 
 from __future__ import annotations
@@ -18,8 +18,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from deltamem_vllm.dealing.cold_pages import ColdPages, ColdTables
 from deltamem_vllm.dealing.pool import PagePool
 from deltamem_vllm.dealing.rated import Rated
+from deltamem_vllm.memory.tiers import ColdHeld
 
 
 @dataclass(frozen=True)
@@ -30,9 +32,10 @@ class DealtRequest:
     ----------
     serial: of that compaction.
     blocks: m, how many blocks of the request's block table were dealt; the rest are its tail.
-    counts: ``[L, H]`` int64, pages of each pair.
+    counts: ``[L, H]`` int64, hot pages of each pair.
     pages: ``[L, H, widest]`` int32 page numbers; entries past a pair's count are 0.
     rated: what the entries in them were rated; None by a scorer whose scores do not last.
+    cold: the cold pages; None if there are none.
     """
 
     serial: int
@@ -40,6 +43,7 @@ class DealtRequest:
     counts: Tensor
     pages: Tensor
     rated: Rated | None = None
+    cold: ColdPages | None = None
 
     @property
     def widest(self) -> int:
@@ -66,6 +70,7 @@ class PageTables:
     max_width: most pages of one pair: ``ceil(max_model_len / block_size) + 1``.
     fixed: allocate for ``max_width`` at once, so that addresses never change (captured graphs). Otherwise tables grow
         as needed.
+    cold: some pages may be cold.
 
     Attributes
     ----------
@@ -73,7 +78,7 @@ class PageTables:
     max_rows: as given.
     """
 
-    def __init__(self, pool: PagePool, max_rows: int, max_width: int, fixed: bool) -> None:
+    def __init__(self, pool: PagePool, max_rows: int, max_width: int, fixed: bool, cold: bool = False) -> None:
         self.pool = pool
         self.requests: dict[str, DealtRequest] = {}
         self.max_rows, self._max_width = max_rows, max_width
@@ -86,18 +91,26 @@ class PageTables:
         self._seq_lens = torch.zeros(shape, dtype=torch.int32, device=pool.device)
         self._rows: list[_Row | None] = [None] * max_rows
         self._used = 0  # rows from here on have no surplus
+        self._cold = ColdTables(shape, max_width, fixed, pool.device) if cold else None
 
     # ---- requests ----------------------------------------------------------------------------------------------
 
     def put(
-        self, request_id: str, serial: int, blocks: int, counts: Tensor, target: Tensor, rated: Rated | None = None
+        self,
+        request_id: str,
+        serial: int,
+        blocks: int,
+        counts: Tensor,
+        target: Tensor,
+        rated: Rated | None = None,
+        cold: ColdPages | None = None,
     ) -> None:
         """Take over what a compaction dealt.
 
         Parameters
         ----------
-        request_id, serial, blocks, rated: as in `DealtRequest`.
-        counts: ``[L, H]`` int64, summing up to ``len(target)``.
+        request_id, serial, blocks, rated, cold: as in `DealtRequest`.
+        counts: ``[L, H]`` int64 hot pages, summing up to ``len(target)``.
         target: ``[pages]`` page numbers, those of the first pair first, then the second's, layer by layer.
         """
         widest = int(counts.max())
@@ -105,10 +118,10 @@ class PageTables:
         column = torch.arange(widest, device=target.device)
         index = ((ends - counts).unsqueeze(-1) + column).clamp_(max=len(target) - 1)
         pages = target.to(torch.int32)[index].masked_fill_(column >= counts.unsqueeze(-1), 0)
-        self.requests[request_id] = DealtRequest(serial, blocks, counts, pages, rated)
+        self.requests[request_id] = DealtRequest(serial, blocks, counts, pages, rated, cold)
 
     def keep_only(self, dealt: Mapping[str, int]) -> None:
-        """Forget requests that left; the others must be known under these serials.
+        """Check that these requests, and no others, are known under these serials; those that left are forgotten.
 
         Raises
         ------
@@ -126,7 +139,7 @@ class PageTables:
                 )
 
     def source(self, request_id: str, blocks: Sequence[int], resident_len: int) -> tuple[Tensor, Tensor]:
-        """Every page a request can be read from.
+        """Every hot page a request can be read from.
 
         Parameters
         ----------
@@ -179,6 +192,8 @@ class PageTables:
                 else:
                     tables[..., : dealt.widest] = dealt.pages
                     self._surplus[:, row] = (dealt.counts - first) * self.pool.block_size
+                if self._cold is not None:
+                    self._cold.put(row, None if dealt is None else dealt.cold)
             if state.blocks < len(blocks):
                 self._append(tables, dealt, blocks, state.blocks - first)
                 state.blocks = len(blocks)
@@ -194,14 +209,28 @@ class PageTables:
         if start < self._used:
             self._rows[start : self._used] = [None] * (self._used - start)
             self._surplus[:, start : self._used] = 0
+            if self._cold is not None:
+                self._cold.clear(start, self._used)
             self._used = start
 
     def tables(self, rows: int) -> Tensor:
         """``[L, rows, H, W]`` int32, persistent memory."""
         return self._tables[:, :rows]
 
+    def cold_held(self, request_id: str) -> ColdHeld:
+        """What a request holds in cold pages; waits for the device."""
+        dealt = self.requests.get(request_id)
+        if dealt is None or dealt.cold is None:
+            return ColdHeld(0.0, 0.0)
+        pairs = dealt.counts.numel()
+        return ColdHeld(dealt.cold.total / pairs, int(dealt.cold.tokens.sum()) / pairs)
+
+    def cold(self, rows: int) -> tuple[Tensor, Tensor] | None:
+        """Cold pages ``[L, rows, H, E]`` and their counts ``[L, rows, H]``, int32; None if no page can be cold."""
+        return None if self._cold is None else self._cold.of(rows)
+
     def seq_lens(self, nominal: Tensor) -> Tensor:
-        """Tokens that each pair reads: ``[L, rows, H]`` int32 (persistent memory) from nominal lengths ``[rows]``."""
+        """Hot tokens that each pair reads: ``[L, rows, H]`` int32, persistent, from nominal lengths ``[rows]``."""
         rows = nominal.shape[0]
         return torch.add(self._surplus[:, :rows], nominal.view(1, rows, 1), out=self._seq_lens[:, :rows])
 
@@ -217,7 +246,8 @@ class PageTables:
     @property
     def size_bytes(self) -> int:
         """Bytes of the batch tables."""
-        return self._tables.nbytes + self._surplus.nbytes + self._seq_lens.nbytes
+        cold = 0 if self._cold is None else self._cold.size_bytes
+        return self._tables.nbytes + self._surplus.nbytes + self._seq_lens.nbytes + cold
 
     def _width(self, request_id: str, blocks: Sequence[int]) -> int:
         dealt = self.requests.get(request_id)

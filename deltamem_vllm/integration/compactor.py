@@ -5,14 +5,16 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Container, Mapping, Sequence
 
 import torch
 from torch import Tensor
 
+from deltamem_vllm.dealing.cold_pages import ColdChoice
 from deltamem_vllm.dealing.dealer import Dealer
 from deltamem_vllm.memory.curves import UtilityCurve
 from deltamem_vllm.memory.plans import CompactionPlan, Probe
+from deltamem_vllm.memory.tiers import ColdHeld
 from deltamem_vllm.ops.pages import PageMover, take_tokens
 from deltamem_vllm.scoring.base import Scorer, ScoreView, select_survivors
 from deltamem_vllm.scoring.window import ObservationWindow
@@ -34,7 +36,8 @@ class Compactor:
     Attributes
     ----------
     on_compaction: called with the plan and the survivors: for each layer and kv head the resident indices it kept,
-        ascending, [n] int64. For tests and instruments.
+        ascending, [n] int64; of dealt pages, those that stay in hot ones. For tests and instruments.
+    on_coded: called after it with the plan and what became or stayed cold, where pages can be.
     """
 
     def __init__(
@@ -55,7 +58,9 @@ class Compactor:
         self._seed = seed
         self._dealer = dealer
         self.on_compaction: Callable[[CompactionPlan, list[list[Tensor]]], None] | None = None
+        self.on_coded: Callable[[CompactionPlan, ColdChoice], None] | None = None
         self._timings = {"scoring_us": 0, "compaction_us": 0}
+        self._cold: dict[str, ColdHeld] = {}
 
     @torch.inference_mode()
     def run(self, plan: CompactionPlan) -> None:
@@ -68,6 +73,11 @@ class Compactor:
         self._timings["scoring_us"] += round(scoring * 1e6)
         self._timings["compaction_us"] += round((time.perf_counter() - began) * 1e6)
 
+    def forget(self, dealt: Container[str]) -> None:
+        """Drop what is known of requests whose pages are no longer dealt; before the step's plans."""
+        if self._dealer is not None:
+            self._dealer.forget(dealt)
+
     def probe(self, probe: Probe) -> UtilityCurve:
         """What a request's tokens are worth, for the scheduler."""
         assert self._dealer is not None, "the worker makes one where pages are dealt"
@@ -79,9 +89,13 @@ class Compactor:
     def _run_dealt(self, plan: CompactionPlan, scorer: Scorer) -> float:
         assert self._dealer is not None, "the worker makes one where pages are dealt"
         before = self._dealer.scoring_seconds
-        keep = self._dealer.run(plan, scorer)
+        moved = self._dealer.run(plan, scorer)
         if self.on_compaction is not None:
-            self.on_compaction(plan, [[head.nonzero().squeeze(1) for head in layer] for layer in keep])
+            self.on_compaction(plan, [[head.nonzero().squeeze(1) for head in layer] for layer in moved.hot])
+        if moved.cold is not None:
+            self._cold[plan.request_id] = self._dealer.tables.cold_held(plan.request_id)
+            if self.on_coded is not None:
+                self.on_coded(plan, moved.cold)
         return self._dealer.scoring_seconds - before
 
     def _run_equal(self, plan: CompactionPlan, scorer: Scorer) -> float:
@@ -110,6 +124,11 @@ class Compactor:
     def take_timings(self) -> dict[str, int]:
         """Microseconds spent since the last call; compaction includes scoring."""
         taken, self._timings = self._timings, dict.fromkeys(self._timings, 0)
+        return taken
+
+    def take_cold(self) -> dict[str, ColdHeld]:
+        """What requests that were compacted since the last call hold in cold pages."""
+        taken, self._cold = self._cold, {}
         return taken
 
     def _choose(

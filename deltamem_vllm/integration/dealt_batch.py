@@ -49,7 +49,8 @@ class DealtRead:
     ----------
     pages: ``[num_pages, 1, block_size, 2 * D]``, the pool.
     tables: ``[L, R, H, W]`` int32 page numbers.
-    seq_lens: ``[L, R, H]`` int32 tokens that each pair reads.
+    seq_lens: ``[L, R, H]`` int32 tokens that each pair reads there.
+    cold: ``[L, R, H, E]`` int32 cold pages that it reads besides, and ``[L, R, H]`` how many; None if no row has any.
     query_start_loc: ``[R * H + 1]`` int32, sequence (r, h) reads queries from its entry up to the next one's.
     order: ``[tokens * H]`` int64: the queries of the sequences, as rows of the batch's queries read as
         ``[T * H, G, D]``. None if the batch's own order is that of the sequences.
@@ -65,17 +66,19 @@ class DealtRead:
     max_query_len: int
     max_seq_len: int
     stock: StockRows | None = None
-    _layers: Sequence[tuple[Tensor, Tensor]] | None = None
+    cold: tuple[Tensor, Tensor] | None = None
+    _layers: Sequence[tuple[Tensor, ...]] | None = None
 
     def set_lengths(self, seq_lens: Tensor) -> None:
         """The step's ``seq_lens`` are known, and ``tables`` are as wide as they."""
         self.seq_lens, self._layers = seq_lens, None
 
-    def layer(self, index: int) -> tuple[Tensor, Tensor]:
-        """One layer's tables ``[R * H, W]`` and lengths ``[R * H]``: views, made once a step for all layers."""
+    def layer(self, index: int) -> tuple[Tensor, ...]:
+        """One layer's tables ``[R * H, W]`` and lengths ``[R * H]``; where there are cold pages, their tables
+        ``[R * H, E]`` and counts ``[R * H]``, too. Views, made once a step for all layers."""
         if self._layers is None:
-            views = self.tables.flatten(1, 2).unbind(), self.seq_lens.flatten(1, 2).unbind()
-            self._layers = tuple(zip(*views, strict=True))
+            parts = (self.tables, self.seq_lens, *(self.cold or ()))
+            self._layers = tuple(zip(*(part.flatten(1, 2).unbind() for part in parts), strict=True))
         return self._layers[index]
 
 
@@ -143,6 +146,7 @@ class DealtBatch:
             max_query_len=int(counts[chosen].max()),
             max_seq_len=longest,
             stock=None if everything else self._stock(chosen, starts, counts),
+            cold=self._cold(len(rows), [request_ids[i] for i in rows]),
         )
 
     def take_dummy(self, rows: int, tokens: int) -> None:
@@ -158,6 +162,7 @@ class DealtBatch:
                 order=None,
                 max_query_len=1,
                 max_seq_len=self._max_seq_len,
+                cold=self.tables.cold(rows),
             )
 
     def attach(self, metadata: Any) -> None:
@@ -175,10 +180,18 @@ class DealtBatch:
             lengths = lengths.index_select(0, self._rows)
         elif lengths.shape[0] > read.tables.shape[1]:  # padded for a graph
             read.tables = self.tables.tables(lengths.shape[0])
+            read.cold = self.tables.cold(lengths.shape[0])
             if read.order is None:
                 read.query_start_loc = self._query_start_loc(np.ones(lengths.shape[0], dtype=np.int64))
         read.set_lengths(self.tables.seq_lens(lengths[: read.tables.shape[1]]))
         metadata.deltamem_dealt = read
+
+    def _cold(self, rows: int, request_ids: Sequence[str]) -> tuple[Tensor, Tensor] | None:
+        """The cold pages of a batch. Without any, the backend's own kernel reads it; a graph reads what may come."""
+        dealt = (self.tables.requests.get(request_id) for request_id in request_ids)
+        if self._graphs or any(one is not None and one.cold is not None for one in dealt):
+            return self.tables.cold(rows)
+        return None
 
     def _query_start_loc(self, counts: np.ndarray) -> Tensor:
         heads = self.tables.pool.heads

@@ -4,6 +4,9 @@
 
 The kernel is shown a model with one kv head: every (request, kv head) is a sequence, every page of the pool a block.
 A copy of the layer's implementation that believes in one kv head makes that call; nothing of vLLM's is rewritten.
+
+Where some of the pages are cold, a kernel of our own reads the batch's dealt rows, hot pages and cold ones in one pass.
+On a CPU it reads all dealt rows: it is faster than the backend's.
 """
 
 from __future__ import annotations
@@ -19,6 +22,7 @@ from vllm import _custom_ops as ops
 from vllm import envs
 
 from deltamem_vllm.integration.dealt_batch import DealtRead, StockRows
+from deltamem_vllm.integration.paged_attention import PagedAttention
 
 
 class ReadsDealtPages:
@@ -27,9 +31,11 @@ class ReadsDealtPages:
     Attributes
     ----------
     deltamem_layer: index of this layer's tables; None until the worker installs it.
+    deltamem_kernel: reads hot and cold pages; None where the backend's own kernel reads all there is.
     """
 
     deltamem_layer: int | None = None
+    deltamem_kernel: PagedAttention | None = None
     _pair_impl: Any = None
 
     def install_page_tables(self, layer_index: int) -> None:
@@ -66,10 +72,14 @@ class ReadsDealtPages:
             queries = queries.index_select(0, read.order)
         target = outputs if read.order is None else torch.empty_like(queries)
         assert self.deltamem_layer is not None, "checked by the caller"
-        metadata = _METADATA[self._backend](pair, layer, read, self.deltamem_layer, metadata, queries)
-        super(ReadsDealtPages, pair).forward(  # type: ignore[misc]
-            layer, queries, key, value, read.pages, metadata, target
-        )
+        if self.deltamem_kernel is not None and self.deltamem_kernel.wants(read):
+            self.deltamem_kernel(read, self.deltamem_layer, queries, target)
+        else:
+            assert read.cold is None, "the worker installs a kernel where pages can be cold"
+            metadata = _METADATA[self._backend](pair, layer, read, self.deltamem_layer, metadata, queries)
+            super(ReadsDealtPages, pair).forward(  # type: ignore[misc]
+                layer, queries, key, value, read.pages, metadata, target
+            )
         if read.order is not None:
             outputs.index_copy_(0, read.order, target)
 
@@ -95,7 +105,7 @@ class ReadsDealtPages:
 
 def _pair_fields(read: DealtRead, layer_index: int, queries: Tensor) -> dict[str, Any]:
     """What every backend's metadata says about the sequences of one layer."""
-    table, seq_lens = read.layer(layer_index)
+    table, seq_lens = read.layer(layer_index)[:2]
     return {
         "num_actual_tokens": queries.shape[0],
         "max_query_len": read.max_query_len,

@@ -101,12 +101,15 @@ def _prepare(engine_args: EngineArgs) -> DeltaMemConfig:
 def _finish(vllm_config: VllmConfig, config: DeltaMemConfig) -> None:
     """Refuse what is not served exactly, choose the scheduler, and say what is active."""
     from deltamem_vllm.integration import calibrations, refusals
+    from deltamem_vllm.integration.cold_support import why_no_cold
 
     refusals.check_supported(vllm_config)
     found = calibrations.find_calibration(vllm_config, config)
     # Every process uses what was found here, and requests are told when there is none.
     has_predictor = found is not None and found.predictor is not None
-    config = config.resolved(str(found.folder) if found is not None else None, predictor=has_predictor)
+    no_cold = why_no_cold(vllm_config, config)
+    folder = str(found.folder) if found is not None else None
+    config = config.resolved(folder, predictor=has_predictor, cold=no_cold is None)
     assert isinstance(vllm_config.additional_config, dict), "made by _prepare"
     vllm_config.additional_config[CONFIG_KEY] = config.to_json_dict()
     vllm_config.scheduler_config.scheduler_cls = scheduler_path(vllm_config)
@@ -130,6 +133,8 @@ def _finish(vllm_config: VllmConfig, config: DeltaMemConfig) -> None:
                 if found is not None
                 else "by live scores alone: no calibration (see `deltamem calibrate`)",
             )
+        if no_cold is not None:
+            logger.info("deltamem writes no cold pages (cold_bits=0): %s", no_cold)
 
 
 def _with_our_stat_logger(load: Callable[[], list[Any]]) -> Callable[[], list[Any]]:

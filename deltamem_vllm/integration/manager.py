@@ -8,7 +8,7 @@ where tokens become blocks. Nothing else of vLLM's accounting changes.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,6 +16,7 @@ from vllm.v1.core.kv_cache_utils import KVCacheBlock
 from vllm.v1.core.single_type_kv_cache_manager import FullAttentionManager
 
 from deltamem_vllm.memory.budgets import cdiv
+from deltamem_vllm.memory.tiers import ColdHeld
 
 
 @dataclass(frozen=True)
@@ -40,6 +41,7 @@ class DeltaMemManager(FullAttentionManager):
     ----------
     evicted: request id -> logical minus resident tokens, for compacted requests only.
     dealt: request id -> serial of its last compaction, for those whose pages were dealt.
+    cold: request id -> what it holds in cold pages, as workers reported it after that compaction.
     admissions: request id -> Admission, for requests the policy applies to.
     reserve: blocks that allocation must leave free this step, so that the next out-of-place compaction can start.
     """
@@ -48,6 +50,7 @@ class DeltaMemManager(FullAttentionManager):
         super().__init__(*args, **kwargs)
         self.evicted: dict[str, int] = {}
         self.dealt: dict[str, int] = {}
+        self.cold: dict[str, ColdHeld] = {}
         self.admissions: dict[str, Admission] = {}
         self.reserve = 0
 
@@ -81,7 +84,16 @@ class DeltaMemManager(FullAttentionManager):
         # Finish, abort and preemption all pass here: the request starts over as a dense one.
         self.evicted.pop(request_id, None)
         self.dealt.pop(request_id, None)
+        self.cold.pop(request_id, None)
         return super().pop_blocks_for_free(request_id)
+
+    def take_cold(self, held: Mapping[str, ColdHeld]) -> None:
+        """Take over what workers reported; requests that left or start over meanwhile hold nothing."""
+        self.cold.update((request_id, one) for request_id, one in held.items() if request_id in self.dealt)
+
+    def cold_held(self) -> ColdHeld:
+        """What all requests hold in cold pages."""
+        return ColdHeld(sum(one.blocks for one in self.cold.values()), sum(one.tokens for one in self.cold.values()))
 
     def owned_share(self, request_id: str) -> float:
         """Blocks of the request, a block shared by k requests counted as 1/k."""

@@ -89,7 +89,9 @@ class Policy:
         if budget is None:
             return
         prompt, new = request.num_prompt_tokens, request.max_tokens
-        self.governed[request.request_id] = Governed(budget, options.mode, options.dealing, options.scorer)
+        self.governed[request.request_id] = Governed(
+            budget, options.mode, options.dealing, options.scorer, options.cold
+        )
         dense = cdiv(min(prompt + new, self._max_model_len), self._size)
         if dense <= self.usable_blocks:
             # Under pressure the high watermark leaves the room for copies; with a reserve on top of it, requests would
@@ -308,6 +310,7 @@ class Policy:
                 recent_tokens=state.budget.recent_tokens,
                 scorer=state.scorer,
                 dealing=state.dealing,
+                cold=state.cold,
                 compacted_next=last,
             )
         )
@@ -354,6 +357,7 @@ class Policy:
                 dealing=state.dealing,
                 serial=serial,
                 in_place=in_place,
+                cold=state.cold,
             )
         )
         return True

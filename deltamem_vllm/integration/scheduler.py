@@ -106,6 +106,7 @@ class DeltaMemSchedulerMixin:
         for metric, microseconds in getattr(model_runner_output, "deltamem_timings", {}).items():
             self.deltamem.count(metric, microseconds)
         self.deltamem_policy.answers(getattr(model_runner_output, "deltamem_curves", {}))
+        self.deltamem_manager.take_cold(getattr(model_runner_output, "deltamem_cold", {}))
         return super().update_from_output(scheduler_output, model_runner_output)  # type: ignore[misc]
 
     def make_stats(self, *args: Any, **kwargs: Any) -> SchedulerStats | None:
@@ -126,7 +127,11 @@ class DeltaMemSchedulerMixin:
         level("resident_tokens", resident)
         level("logical_bytes", int(logical * self._token_bytes))
         level("resident_bytes", int(resident * self._token_bytes))
-        level("tier_bytes", int(resident * self._token_bytes), label="hot")
+        held = self.deltamem_manager.cold_held()
+        cold = held.blocks * self._block_size * self._token_bytes
+        level("tier_bytes", int(resident * self._token_bytes - cold), label="hot")
+        level("tier_bytes", int(cold), label="cold")
+        level("cold_tokens", int(held.tokens))
         level("compacted_requests", len(evicted))
         level("dealt_requests", len(self.deltamem_manager.dealt))
         level("reserve_blocks", self.deltamem_manager.reserve)

@@ -15,12 +15,14 @@ from vllm.v1.outputs import AsyncModelRunnerOutput, ModelRunnerOutput
 from deltamem_vllm.config import DeltaMemConfig
 from deltamem_vllm.dealing.dealer import Dealer
 from deltamem_vllm.dealing.pool import PagePool
+from deltamem_vllm.dealing.rater import Rater
 from deltamem_vllm.dealing.tables import PageTables
 from deltamem_vllm.integration import backends, spec
 from deltamem_vllm.integration.calibrations import bind_scorers, find_calibration, rank_prior
 from deltamem_vllm.integration.compactor import Compactor
 from deltamem_vllm.integration.dealt_batch import DealtBatch
 from deltamem_vllm.integration.dealt_read import READERS, ReadsDealtPages
+from deltamem_vllm.integration.paged_attention import cold_tier, install_kernel
 from deltamem_vllm.integration.refusals import check_supported
 from deltamem_vllm.integration.resident import ResidentRows, StepState
 from deltamem_vllm.integration.runner_v1 import RunnerV1Hooks
@@ -79,7 +81,12 @@ class WorkerMemory:
             self.dealt = DealtBatch(tables, has_graphs(vllm_config), vllm_config.model_config.max_model_len)
             _install_tables(vllm_config, caches)
             prior = rank_prior(calibration, tables.pool) if calibration is not None else None
-            dealer = Dealer(tables, DealtPages(layout), scales, self.window, prior, config.redundancy, config.seed)
+            mover = DealtPages(layout)
+            cold = cold_tier(config, tables.pool, layout)
+            coded = None if cold is None else cold.layout
+            install_kernel(layers, coded, layout, tables.pool)
+            rater = Rater(tables, mover, scales, self.window, config.redundancy, config.seed, coded)
+            dealer = Dealer(tables, mover, rater, prior, cold)
         self.compactor = Compactor(caches, scales, PageMover(layout), scorers, self.window, config.seed, dealer)
         state = StepState(ResidentRows(max_requests, max_tokens, device), self.window, self.dealt)
         hooks = RunnerV2Hooks if is_v2(runner) else RunnerV1Hooks
@@ -90,6 +97,7 @@ class WorkerMemory:
         """Compactions first: vLLM's own state update may hand their source blocks to other requests."""
         if self.dealt is not None:
             self.dealt.begin(output)
+            self.compactor.forget(output.deltamem.dealt)
         for probe in output.deltamem.probes:
             self._curves[probe.request_id] = self.compactor.probe(probe)
         for plan in output.deltamem.compactions:
@@ -98,10 +106,14 @@ class WorkerMemory:
             self.dealt.tables.keep_only(output.deltamem.dealt)
         self.hooks.begin_step(output)
 
-    def take_curves(self) -> dict[str, UtilityCurve]:
-        """Answers to the probes since the last call."""
-        taken, self._curves = self._curves, {}
-        return taken
+    def take_report(self) -> dict[str, Any]:
+        """What the scheduler reads off the step's output: news since the last call, by attribute."""
+        curves, self._curves = self._curves, {}
+        return {
+            "deltamem_timings": self.compactor.take_timings(),
+            "deltamem_curves": curves,
+            "deltamem_cold": self.compactor.take_cold(),
+        }
 
 
 class DeltaMemWorkerMixin:
@@ -152,24 +164,22 @@ class DeltaMemWorkerMixin:
         return self._with_report(super().sample_tokens(*args, **kwargs))  # type: ignore[misc]
 
     def _with_report(self, output: Any) -> Any:
-        """Send timings and utility curves to the scheduler with the step's output, pickled with its attributes."""
-        if self.deltamem is None:
+        """Send timings, utility curves and tiers to the scheduler: the step's output is pickled with its attributes."""
+        memory = self.deltamem
+        if memory is None:
             return output
         if isinstance(output, AsyncModelRunnerOutput):
-            wait = output.get_output
-            timings, curves = self.deltamem.compactor.take_timings(), self.deltamem.take_curves()
-
-            def get_output() -> ModelRunnerOutput:
-                result = wait()
-                result.deltamem_timings = timings  # type: ignore[attr-defined]
-                result.deltamem_curves = curves  # type: ignore[attr-defined]
-                return result
-
-            output.get_output = get_output  # type: ignore[method-assign]
+            wait, report = output.get_output, memory.take_report()
+            output.get_output = lambda: _reported(wait(), report)  # type: ignore[method-assign]
         elif isinstance(output, ModelRunnerOutput):
-            output.deltamem_timings = self.deltamem.compactor.take_timings()  # type: ignore[attr-defined]
-            output.deltamem_curves = self.deltamem.take_curves()  # type: ignore[attr-defined]
+            _reported(output, memory.take_report())
         return output
+
+
+def _reported(output: ModelRunnerOutput, report: dict[str, Any]) -> ModelRunnerOutput:
+    for name, value in report.items():
+        setattr(output, name, value)
+    return output
 
 
 def has_graphs(vllm_config: Any) -> bool:
@@ -181,7 +191,8 @@ def has_graphs(vllm_config: Any) -> bool:
 def make_tables(vllm_config: Any, pool: PagePool) -> PageTables:
     """Page tables for the largest batch."""
     width = cdiv(vllm_config.model_config.max_model_len, pool.block_size) + 1
-    return PageTables(pool, batch_limits(vllm_config)[0], width, has_graphs(vllm_config))
+    cold = DeltaMemConfig.from_additional_config(vllm_config.additional_config).has_cold
+    return PageTables(pool, batch_limits(vllm_config)[0], width, has_graphs(vllm_config), cold)
 
 
 def table_bytes(vllm_config: Any) -> int:
@@ -192,7 +203,8 @@ def table_bytes(vllm_config: Any) -> int:
     model, parallel = vllm_config.model_config, vllm_config.parallel_config
     width = cdiv(model.max_model_len, vllm_config.cache_config.block_size) + 1
     pairs = model.get_num_layers(parallel) * model.get_num_kv_heads(parallel)
-    return int(batch_limits(vllm_config)[0] * pairs * (width + 2) * 4)
+    cold = width + 1 if config.has_cold else 0
+    return int(batch_limits(vllm_config)[0] * pairs * (width + 2 + cold) * 4)
 
 
 def _install_tables(vllm_config: Any, caches: list[torch.Tensor]) -> None:

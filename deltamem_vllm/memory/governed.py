@@ -18,7 +18,7 @@ class Governed:
     Attributes
     ----------
     budget: what it deserves and the least it is left with.
-    mode, dealing, scorer: as in the configuration, or as the request asked.
+    mode, dealing, scorer, cold: as in the configuration, or as the request asked.
     curve: what its blocks were worth when a worker last looked or it was last compacted, cut by all compactions; None
         as long as no worker has answered.
     tried_at: tokens it had seen at its last compaction, done or skipped; None before the first.
@@ -29,6 +29,7 @@ class Governed:
     mode: str
     dealing: str
     scorer: str
+    cold: bool = False
     curve: UtilityCurve | None = None
     tried_at: int | None = None
     asked_at: int | None = None

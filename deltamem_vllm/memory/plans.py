@@ -36,6 +36,7 @@ class CompactionPlan:
     serial: numbers the engine's dealt compactions, from 1; 0 for ``equal``. A worker whose page table carries another
         serial would read the wrong pages.
     in_place: survivors are packed to the left inside the source blocks (the pool had no room for a copy).
+    cold: pages may be cold.
     """
 
     request_id: str
@@ -53,6 +54,7 @@ class CompactionPlan:
     dealing: str
     serial: int
     in_place: bool
+    cold: bool = False
 
 
 @dataclass(frozen=True)
@@ -64,7 +66,7 @@ class Probe:
     request_id: vLLM's internal request id.
     source_blocks: ids of the blocks that hold the resident tokens, in token order.
     resident_len, logical_len: tokens, nominal and seen.
-    sink_tokens, recent_tokens, scorer, dealing: as in the compaction this is asked for.
+    sink_tokens, recent_tokens, scorer, dealing, cold: as in the compaction this is asked for.
     compacted_next: the request is compacted in the same step, which may use what was worked out for the answer.
     """
 
@@ -76,6 +78,7 @@ class Probe:
     recent_tokens: int
     scorer: str
     dealing: str
+    cold: bool = False
     compacted_next: bool = False
 
 

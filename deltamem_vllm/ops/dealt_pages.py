@@ -2,8 +2,9 @@
 # SPDX-FileCopyrightText: Copyright contributors to the deltamem project
 """Move tokens between single pages of the whole pool, whichever layer and head they belong to.
 
-The pool is every layer's KV cache read as one tensor ``[NP, block_size * 2 * D]``, a page a row. Plain torch: no
-data-dependent shapes and no waiting for the device. The slow, obvious definition is in ``ops/reference.py``.
+The pool is every layer's KV cache read as one tensor ``[NP, block_size * 2 * D]``, a page a row. On a CPU the native
+library does the work where the layout is affine (`ops/gather.py`); all else is plain torch: no data-dependent shapes
+and no waiting for the device. The slow, obvious definition is in ``ops/reference.py``.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from deltamem_vllm.ops.gather import PoolStrides, gather_pages, gather_tokens
 from deltamem_vllm.ops.layout import PageLayout
 
 _PARTS = ("keys", "values")
@@ -96,7 +98,30 @@ class DealtPages:
         page, slot = _ids("page", page, 1), _ids("slot", slot, 1)
         if page.shape != slot.shape:
             raise ValueError(f"page and slot must be equally long, got {page.shape[0]} and {slot.shape[0]}")
+        strides = self._native_strides(pool)
+        native = None if strides is None else gather_tokens(pool, strides, page, slot)
+        if native is not None:
+            return native
         return self._gather(pool, "keys", page, slot), self._gather(pool, "values", page, slot)
+
+    def move(self, pool: Tensor, page: Tensor, slot: Tensor, targets: Tensor, in_place: bool) -> None:
+        """Fill whole pages with tokens of other pages.
+
+        Parameters
+        ----------
+        pool: ``[NP, block_size * 2 * D]``; modified.
+        page, slot: ``[p * block_size]`` int32 or int64, where the tokens stand: ``block_size`` of them for each target.
+        targets: ``[p]`` int32 or int64, distinct page ids.
+        in_place: targets may be among ``page``: all tokens are read before anything is written, which takes memory for
+            as many pages. Otherwise a page that is both ends up with undefined tokens.
+
+        Raises
+        ------
+        ValueError: a shape or dtype does not fit.
+        """
+        strides = self._native_strides(pool)
+        if strides is None or not gather_pages(pool, strides, page, slot, targets, in_place):
+            self.scatter(pool, targets, *self.gather(pool, page, slot))
 
     def scatter(self, pool: Tensor, pages: Tensor, keys: Tensor, values: Tensor) -> None:
         """Fill whole pages with tokens.
@@ -140,6 +165,14 @@ class DealtPages:
             ((pool.shape[0] - 1) * per_page + view.shape[1], view.shape[2]), (step, 1), view.storage_offset()
         )
         return rows.index_select(0, page * per_page + slot)
+
+    def _native_strides(self, pool: Tensor) -> PoolStrides | None:
+        """What the native library needs to know; None where the layout is not affine."""
+        self._check_pool(pool)
+        keys, values = self._strides["keys"], self._strides["values"]
+        if keys is None or values is None:
+            return None
+        return PoolStrides(pool.stride(0), keys, values, self._layout.block_size, self._layout.head_size)
 
     def _apart(self, part: str) -> bool:
         """Whether the elements of a token do not lie side by side: then ``index_select`` is the slow way."""

@@ -26,6 +26,7 @@ def policy(**changes: Any) -> dict[str, Any]:
         "interval": 16,
         "dealing": "global",
         "scorer": "uneven",
+        "cold_bits": 0,
     }
     return fields | changes
 

@@ -5,13 +5,14 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
-from engine_run import EngineHost
+from bounds import CONTROL, FAULT, TOLERANCE
+from cold_scenarios import COLD_FAST, COLD_MATRIX
+from recorded_pages import RecordedPages
 from reference import Reference, same_request
 from scenario import BLOCK_SIZE, Compaction, Output, Result, Scenario
 from scenarios import (
@@ -28,14 +29,7 @@ from scenarios import (
     V2_FEW,
     policy,
 )
-from tiny_models import FAMILIES, build_tiny_model
-
-# float32 in another order of additions; the largest seen in the whole matrix is 2.8e-5 (SmolLM2, 30 layers).
-TOLERANCE = 1e-4
-# Below this a run would also pass without its mask, and prove nothing.
-CONTROL = 1e-2
-# A run with a fault put in must be off by more than this.
-FAULT = 1e-3
+from survivor_checks import check_pages
 
 MATRIX_ONLY = pytest.mark.matrix
 
@@ -46,51 +40,11 @@ EVENTS = ("replays", "padded_replays", "reversed_writes", "mixed_steps", "chunks
 Run = Callable[[Scenario], Result]
 
 
-@pytest.fixture(scope="session")
-def artefacts(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("exactness")
-
-
-@pytest.fixture(scope="session")
-def model_path(artefacts: Path) -> Callable[[str], Path]:
-    def path(model: str) -> Path:
-        if model in FAMILIES:
-            return build_tiny_model(model, artefacts / "models")
-        from deltamem_vllm.models.catalog import find_model, get_model
-
-        return get_model(find_model(model))
-
-    return path
-
-
-@pytest.fixture(scope="session")
-def run(artefacts: Path, model_path: Callable[[str], Path]) -> Iterator[Run]:
-    """Runs a scenario once, whatever tests look at it."""
-    hosts: dict[int, EngineHost] = {}
-
-    @functools.cache
-    def once(scenario_json: str) -> Result:
-        scenario = Scenario.from_json(scenario_json)
-        if scenario.runner not in hosts:
-            hosts[scenario.runner] = EngineHost(scenario.runner)
-        return hosts[scenario.runner].run(scenario, model_path(scenario.model), artefacts / scenario.name)
-
-    yield lambda scenario: once(scenario.to_json())
-    for host in hosts.values():
-        host.close()
-
-
-@pytest.fixture(scope="session")
-def reference(model_path: Callable[[str], Path]) -> Callable[[str], Reference]:
-    torch.set_num_threads(1)
-    return functools.cache(lambda model: Reference(model_path(model)))
-
-
 @pytest.mark.parametrize(
     "scenario",
     [
-        *(pytest.param(s, id=s.name) for s in FAST),
-        *(pytest.param(s, id=s.name, marks=pytest.mark.matrix) for s in MATRIX),
+        *(pytest.param(s, id=s.name) for s in (*FAST, *COLD_FAST)),
+        *(pytest.param(s, id=s.name, marks=pytest.mark.matrix) for s in (*MATRIX, *COLD_MATRIX)),
     ],
 )
 def test_engine_equals_masked_reference(
@@ -102,16 +56,24 @@ def test_engine_equals_masked_reference(
     assert result.free_blocks_at_end == result.blocks, "blocks are lost"
     assert result.evicted_at_end == 0, "a finished request still has evicted tokens"
 
+    for compaction in result.compactions:
+        if compaction.pages_file:
+            folder = Path(result.directory)
+            survivors = torch.load(folder / compaction.file)
+            check_pages(compaction, RecordedPages.load(folder / compaction.pages_file), survivors)
     checks = reference(scenario.model).check(result)
     pages = sorted({n // BLOCK_SIZE for c in result.compactions if c.serial for n in (c.fewest, c.most)})
     expected_tokens = sum(len(o.tokens) for o in result.outputs)
     assert len(checks) == expected_tokens > 0
     worst = max(checks, key=lambda check: check.error)
     control = max((check.control for check in checks if check.evicted), default=0.0)
+    dealt = f"{pages[0]}..{pages[-1]}" if pages else "equal"
+    if cold := sum(c.cold_made for c in result.compactions):
+        dealt += f", {cold} cold"
     report_row(
         f"| {scenario.name} | V{scenario.runner} | {scenario.model} | {len(checks)} | {worst.error:.1e} "
         f"| {control:.2g} | {len(result.compactions)} | {len(result.preemptions)} "
-        f"| {f'{pages[0]}..{pages[-1]}' if pages else 'equal'} |"
+        f"| {dealt} |"
     )
     assert worst.error <= TOLERANCE, worst
     if scenario.expected.compactions:
@@ -142,11 +104,17 @@ def happened(scenario: Scenario, result: Result) -> list[str]:
         "aborted": len(result.aborted),
         "spread": max((c.spread for c in result.compactions), default=0),
         "equal": sum(c.dealing == "equal" for c in result.compactions),
+        "cold_prefill": sum(
+            c.cold_made for c in result.compactions if c.logical_len < prompt_len.get(c.request.split("-")[0], 0)
+        ),
+        "cold_in_place": sum(c.cold_made + c.cold_kept for c in result.compactions if c.in_place),
         "reused_blocks": sum(c.reused_blocks for c in result.compactions),
         "never_compacted": sum(
             not any(same_request(internal, o.request) for internal in per_request) for o in result.outputs
         ),
     }
+    for name in ("cold_made", "cold_partial", "cold_kept", "cold_dropped", "lost"):
+        counts[name] = sum(getattr(c, name) for c in result.compactions)
     counts |= {name: result.events.get(name, 0) for name in EVENTS}
     wanted = dataclasses.asdict(scenario.expected)
     return [f"{name}: {counts[name]}, wanted {n}" for name, n in wanted.items() if counts[name] < n]
@@ -188,7 +156,7 @@ def test_judge_accepts_stock_vllm(run: Run, reference: Callable[[str], Reference
 @pytest.mark.parametrize("scenario", [BATCH, BATCH_EQUAL], ids=lambda scenario: scenario.name)
 def test_judge_sees_one_wrong_survivor(scenario: Scenario, run: Run, reference: Callable[[str], Reference]) -> None:
     """One entry off by one, in one head of one layer of each compaction, is beyond the tolerance."""
-    checks = reference(scenario.model).check(run(scenario), shift_survivor=True)
+    checks = reference(scenario.model).check(run(scenario), "survivor")
     assert max(check.error for check in checks) > TOLERANCE
 
 

@@ -10,8 +10,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from reference import Reference, Survivors, check_counts, check_survivors
+from reference import Reference
 from scenario import BLOCK_SIZE, Compaction, Result
+from survivor_checks import Survivors, check_counts, check_survivors
 from tiny_models import build_tiny_model
 
 SINK, RECENT = 4, 8
@@ -68,8 +69,8 @@ def test_masks_show_what_each_pair_still_holds(tmp_path: Path) -> None:
     torch.save(TWICE, tmp_path / "twice.pt")
     reference = Reference(build_tiny_model("llama", tmp_path))
     result = Result([], [EVENT, NEXT], [], [], 60, 1, 0, 0, 0, str(tmp_path), "", 1, {}, {})
-    masks = reference.masks(200, result, [EVENT, NEXT])
-    for layer, visible in enumerate(masks):
+    view = reference.view(200, result, [EVENT, NEXT])
+    for layer, visible in enumerate(view.visible):
         for head in range(reference.kv_heads):
             first = ONCE[layer][head].tolist()
             held = [*first, *range(150, 190)]

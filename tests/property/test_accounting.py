@@ -18,7 +18,7 @@ from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheConfig, KVCache
 from vllm.v1.request import Request, RequestStatus
 from vllm.v1.structured_output import StructuredOutputManager
 
-from tests.property.simulated_worker import SimulatedWorker
+from tests.property.simulated_worker import PAIRS, RATIO, SimulatedWorker
 from tests.support.pool_checks import PoolChecks
 from tests.support.tiny_models import build_tiny_model
 
@@ -26,6 +26,7 @@ BLOCK = 16
 POLICY = {
     "mode": "always",
     "dealing": "global",
+    "cold_bits": 4,
     "keep_ratio": 0.2,
     "min_tokens": 40,
     "sink_tokens": 2,
@@ -137,6 +138,8 @@ def test_random_traffic_keeps_the_books(vllm_config, ahead, data, caching, block
                     "deltamem_dealing": dealing,
                     "deltamem_mode": data.draw(st.sampled_from(["always", "pressure"]), label="mode"),
                 }
+                if dealing == "global" and data.draw(st.booleans(), label="hot only"):
+                    extra["deltamem_cold"] = "off"
                 if dealing == "global" and data.draw(st.booleans(), label="coverage"):
                     extra["deltamem_coverage"] = 0.7
             new = data.draw(st.integers(1, 60), label="new tokens")
@@ -152,10 +155,12 @@ def test_random_traffic_keeps_the_books(vllm_config, ahead, data, caching, block
     engine.run_to_the_end()
     event(f"compacted: {scheduler.deltamem.totals()['counters']['compactions'] > 0}")
     event(f"dealt: {engine.most_dealt_pages > 0}")
+    event(f"cold: {engine.worker.most_cold_pages > 0}")
     manager = scheduler.deltamem_manager
     assert (
         manager.evicted == {}
         and manager.dealt == {}
+        and manager.cold == {}
         and manager.admissions == {}
         and scheduler.deltamem_policy.governed == {}
     )
@@ -251,16 +256,33 @@ def test_the_simulated_worker_sees_a_wrong_plan(vllm_config, dealing, change, me
             worker.check_pages(block_tables(scheduler))
 
 
-def test_the_simulated_worker_sees_a_page_dealt_twice(vllm_config):
+@pytest.mark.parametrize("cold", [False, True], ids=["two hot", "hot and cold"])
+def test_the_simulated_worker_sees_a_page_dealt_twice(vllm_config, cold):
     scheduler, worker = new_scheduler(vllm_config, 60, caching=False), SimulatedWorker(BLOCK, 0)
     deal_pages = worker.deal_pages
 
     def twice(plan: Any, counts: list[int]) -> list[list[tuple[int, int]]]:
         pages = deal_pages(plan, counts)
-        pages[0][-1] = pages[1][-1]
+        second = next(own for own in pages[PAIRS:] if own) if cold else pages[1]
+        pages[0][-1] = second[-1]
         return pages
 
     worker.deal_pages = twice  # type: ignore[method-assign]
-    scheduler.add_request(new_request("r", list(range(300)), 8, None))
+    scheduler.add_request(new_request("r", list(range(300)), 8, {"deltamem_cold": "on" if cold else "off"}))
     with pytest.raises(AssertionError, match="tokens that are not its own"):
         Engine(scheduler, worker).run_to_the_end()
+
+
+def test_cold_pages_outlive_compactions_and_the_scheduler_knows_of_them(vllm_config):
+    scheduler, worker = new_scheduler(vllm_config, 60, caching=False), SimulatedWorker(BLOCK, 0)
+    engine = Engine(scheduler, worker)
+    scheduler.add_request(new_request("r", list(range(500)), 300, None))
+    seen, plans = set(), 0
+    while scheduler.has_requests():
+        plans += len(engine.step().deltamem.compactions)
+        if "r" in scheduler.deltamem_manager.cold:
+            held = scheduler.deltamem_manager.cold["r"]
+            seen.add(held)
+            assert held.blocks * PAIRS == round(held.blocks * PAIRS) > 0
+            assert held.blocks <= held.tokens <= held.blocks * RATIO * BLOCK
+    assert plans > 3 and len(seen) > 1 and worker.most_cold_pages > 0

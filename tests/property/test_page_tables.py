@@ -11,6 +11,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from deltamem_vllm.dealing.cold_pages import ColdPages, by_pair
 from deltamem_vllm.dealing.pool import PagePool
 from deltamem_vllm.dealing.tables import PageTables
 
@@ -31,6 +32,7 @@ class Slow:
     def __init__(self, pool: PagePool) -> None:
         self.pool = pool
         self.dealt: dict[str, tuple[int, list[list[list[int]]]]] = {}
+        self.cold: dict[str, list[list[list[int]]]] = {}
 
     def page(self, block: int, layer: int, head: int) -> int:
         return int(self.pool.ids(torch.tensor([block]))[layer, head, 0])
@@ -46,11 +48,11 @@ class Slow:
 
 
 @settings(max_examples=40, deadline=None)
-@given(seed=st.integers(0, 2**32), fixed=st.booleans())
-def test_tables_equal_tables_built_anew(seed: int, fixed: bool) -> None:
+@given(seed=st.integers(0, 2**32), fixed=st.booleans(), coded=st.booleans())
+def test_tables_equal_tables_built_anew(seed: int, fixed: bool, coded: bool) -> None:
     rng = random.Random(seed)
     pool = make_pool()
-    tables, slow = PageTables(pool, max_rows=5, max_width=120, fixed=fixed), Slow(pool)
+    tables, slow = PageTables(pool, max_rows=5, max_width=120, fixed=fixed, cold=coded), Slow(pool)
     free = list(range(BLOCKS))
     rng.shuffle(free)
     blocks: dict[str, list[int]] = {}
@@ -68,7 +70,12 @@ def test_tables_equal_tables_built_anew(seed: int, fixed: bool) -> None:
             name = rng.choice(names)
             keep = rng.randint(1, len(blocks[name]))
             supply = [[len(slow.row(name, blocks[name], la, h)) for h in range(HEADS)] for la in range(LAYERS)]
-            counts = random_counts(rng, supply, keep * LAYERS * HEADS)
+            total = keep * LAYERS * HEADS
+            held = sum(map(sum, supply))
+            # Old cold pages stay or go, so there may be fewer hot ones than pages.
+            total_cold = rng.randint(max(0, total - held), total - 1) if coded and rng.random() < 0.7 else 0
+            total_cold = max(total_cold, total - held)
+            counts = random_counts(rng, supply, total - total_cold)
             target = (
                 blocks[name][:keep] if rng.random() < 0.5 or len(free) < keep else [free.pop() for _ in range(keep)]
             )
@@ -78,13 +85,21 @@ def test_tables_equal_tables_built_anew(seed: int, fixed: bool) -> None:
             serials[name] = count
             ids = pool.ids(torch.tensor(target)).flatten()
             ids = ids[torch.randperm(len(ids), generator=torch.Generator().manual_seed(seed))]
-            tables.put(name, count, keep, torch.tensor(counts), ids)
-            slow.dealt[name] = (keep, split(ids.tolist(), counts))
+            hot, rest = ids.tensor_split([total - total_cold])
+            cold, slow.cold[name] = None, split([], [[0] * HEADS] * LAYERS)
+            if total_cold or rng.random() < 0.3:
+                by_place = random_counts(rng, [[total_cold] * HEADS] * LAYERS, total_cold)
+                numbers = by_pair(torch.tensor(by_place), rest)
+                cold = ColdPages(torch.tensor(by_place), numbers, numbers.long() + 1, None)
+                slow.cold[name] = split(rest.tolist(), by_place)
+            tables.put(name, count, keep, torch.tensor(counts), hot, cold=cold)
+            slow.dealt[name] = (keep, split(hot.tolist(), counts))
         elif action in ("end", "restart") and names:
             name = rng.choice(names)
             free += blocks.pop(name)
             serials.pop(name, None)
             slow.dealt.pop(name, None)
+            slow.cold.pop(name, None)
             tables.forget([name])
             if action == "restart" and len(free) > 6:  # preempted: the same id comes back with other blocks
                 blocks[name] = [free.pop() for _ in range(rng.randint(1, 6))]
@@ -125,6 +140,18 @@ def check(tables: PageTables, slow: Slow, batch: list[str], blocks: dict[str, li
                 assert lengths[layer, row, head] == length == tokens[layer, head]
                 assert length <= tables.longest([(name, nominal[row])])
     assert (lengths[:, len(batch) :] == 0).all(), "a row without a request must read nothing"
+    cold = tables.cold(tables.max_rows)
+    if cold is None:
+        return
+    pages, counts = cold
+    assert pages.dtype == counts.dtype == torch.int32
+    assert counts[:, len(batch) :].eq(0).all(), "a row without a request must read nothing"
+    for row, name in enumerate(batch):
+        expected = slow.cold.get(name, split([], [[0] * HEADS] * LAYERS))
+        found = [[pages[la, row, h, : counts[la, row, h]].tolist() for h in range(HEADS)] for la in range(LAYERS)]
+        assert found == expected
+        held = tables.cold_held(name)
+        assert held.blocks * LAYERS * HEADS == pytest.approx(sum(len(head) for layer in expected for head in layer))
 
 
 @pytest.mark.parametrize("order", ["LBH", "BLH", "BHL", "LHB"])
@@ -157,6 +184,25 @@ def test_a_stale_table_is_an_error() -> None:
         tables.keep_only({"r": 4})
     with pytest.raises(RuntimeError, match="worker has none"):
         tables.keep_only({"r": 3, "s": 1})
+
+
+def test_a_pair_with_more_cold_pages_than_tokens_is_an_error() -> None:
+    pool = make_pool()
+    tables = PageTables(pool, 1, 4, fixed=False, cold=True)
+    counts = torch.full((LAYERS, HEADS), 5)
+    numbers = pool.ids(torch.arange(1, 6))
+    cold = ColdPages(counts, numbers, numbers.long(), None)
+    tables.put("r", 1, 1, counts - 4, pool.ids(torch.tensor([0])).flatten(), cold=cold)
+    with pytest.raises(RuntimeError, match="5 cold pages, but there is room for 4"):
+        tables.fill([("r", [0])])
+
+
+def test_cold_pages_are_counted_in_the_bytes_of_the_tables() -> None:
+    plain, cold = (PageTables(make_pool(), 2, 40, fixed=True, cold=coded) for coded in (False, True))
+    assert plain.cold(2) is None
+    pages, counts = cold.cold(2) or ()
+    assert cold.size_bytes - plain.size_bytes == 4 * LAYERS * 2 * HEADS * (40 + 1)
+    assert pages.shape == (LAYERS, 2, HEADS, 40) and counts.shape == (LAYERS, 2, HEADS)
 
 
 def test_a_pair_wider_than_a_request_can_be_is_an_error() -> None:

@@ -19,7 +19,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from scenario import BLOCK_SIZE, Compaction, Output, Preemption, Result, Scenario
+from merge_ranks import merge_ranks
+from scenario import BLOCK_SIZE, Output, Preemption, Result, Scenario
 
 RESULT_FILE = "result.json"
 SUPPORT = Path(__file__).resolve().parent
@@ -240,7 +241,7 @@ def main(model: str, directory: Path) -> None:
     runner = "tp" if scenario.tp > 1 else type(core.model_executor.driver_worker.worker.model_runner).__module__
     Result(
         outputs=outputs,
-        compactions=_merge_ranks(observer.plans, directory, scenario.tp),
+        compactions=merge_ranks(observer.plans, directory, scenario.tp),
         preemptions=observer.preemptions,
         aborted=aborted,
         steps=observer.step,
@@ -327,50 +328,6 @@ def _internal_id(name: str, known: Any) -> str:
     """The engine appends a random suffix to the ids that callers give."""
     (match,) = [key for key in known if key == name or key.startswith(name + "-")]
     return match
-
-
-def _merge_ranks(plans: list[tuple[int, Any]], directory: Path, ranks: int) -> list[Compaction]:
-    """Join the survivors of all ranks along the kv heads, in the order of the plans."""
-    import torch
-
-    recorded = len(list(directory.glob("rank*-*.pt")))
-    assert recorded == len(plans) * ranks, f"{len(plans)} plans, but {recorded} compactions on {ranks} ranks"
-    compactions = []
-    freed: set[int] = set()
-    for n, (step, plan) in enumerate(plans):
-        parts = [torch.load(directory / f"rank{rank}-{n:05d}.pt") for rank in range(ranks)]
-        for part in parts:
-            same = (part["request"], part["serial"]) == (plan.request_id, plan.serial)
-            assert same, "a worker ran the plans in another order"
-        survivors = [sum(heads, []) for heads in zip(*(part["survivors"] for part in parts), strict=True)]
-        lengths = [len(head) for heads in survivors for head in heads]
-        file = f"survivors-{n:05d}.pt"
-        torch.save(survivors, directory / file)
-        if compactions and compactions[-1].step != step:
-            freed.clear()
-        compactions.append(
-            Compaction(
-                step=step,
-                request=plan.request_id,
-                logical_len=plan.logical_len,
-                resident_before=plan.resident_before,
-                keep=plan.keep,
-                evicted_before=plan.evicted_before,
-                evicted_after=plan.evicted_after,
-                sink_tokens=plan.sink_tokens,
-                recent_tokens=plan.recent_tokens,
-                dealing=plan.dealing,
-                serial=plan.serial,
-                target_blocks=len(plan.target_blocks),
-                reused_blocks=len(freed & set(plan.target_blocks)),
-                in_place=plan.in_place,
-                fewest=min(lengths),
-                most=max(lengths),
-                file=file,
-            )
-        )
-        freed |= set(plan.source_blocks) - set(plan.target_blocks)
-    return compactions
 
 
 if __name__ == "__main__":

@@ -80,6 +80,47 @@ def _wrong_page() -> None:
     PageTables.put = put_and_spoil  # type: ignore[method-assign]
 
 
+def _wrong_cold_page() -> None:
+    """In the last pair's row of the batch, one cold page is that of another pair."""
+    from deltamem_vllm.dealing.cold_pages import ColdTables
+
+    put = ColdTables.put
+
+    def put_and_spoil(self: ColdTables, row: int, cold: Any) -> None:
+        put(self, row, cold)
+        if cold is None:
+            return
+        having = cold.counts.nonzero().tolist()
+        if len(having) > 1:
+            (layer, head), (other_layer, other_head) = having[-1], having[0]
+            self._pages[layer, row, head, 0] = cold.pages[other_layer, other_head, 0]
+
+    ColdTables.put = put_and_spoil  # type: ignore[method-assign]
+
+
+def _stale_cold_tables() -> None:
+    """A request's cold tables stay what its first compaction made them."""
+    from deltamem_vllm.dealing.tables import PageTables
+
+    put = PageTables.put
+    first: dict[str, Any] = {}
+
+    def put_stale(self: PageTables, request_id: str, *args: Any, **kwargs: Any) -> None:
+        put(self, request_id, *args, **kwargs)
+        first.setdefault(request_id, self.requests[request_id].cold)
+
+    fill = PageTables.fill
+
+    def fill_stale(self: PageTables, batch: Any) -> None:
+        fill(self, batch)
+        for row, (request_id, _) in enumerate(batch):
+            if first.get(request_id) is not None and self._cold is not None:
+                self._cold.put(row, first[request_id])
+
+    PageTables.put = put_stale  # type: ignore[method-assign]
+    PageTables.fill = fill_stale  # type: ignore[method-assign]
+
+
 def _stale_serial() -> None:
     """The scheduler names another compaction than the worker's last one, in a step without compactions."""
     from deltamem_vllm.integration.worker import DeltaMemCPUWorker
@@ -102,8 +143,10 @@ FAULTS: dict[str, Callable[[], None]] = {
     "fresh-seq-lens": _fresh_seq_lens,
     "fresh-window-target": _fresh_window_target,
     "stale-serial": _stale_serial,
+    "stale-cold-tables": _stale_cold_tables,
     "stock-append": _stock_append,
     "stock-tables": _stock_tables,
+    "wrong-cold-page": _wrong_cold_page,
     "wrong-page": _wrong_page,
 }
 

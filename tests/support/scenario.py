@@ -42,6 +42,20 @@ class Expected:
     """Steps in which a compacted request decodes, a never compacted one decodes and a third reads a prompt chunk."""
     chunks_on_compacted: int = 0
     """Prompt chunks of two tokens or more that were written behind a compaction."""
+    cold_made: int = 0
+    """Cold pages that compactions made."""
+    cold_partial: int = 0
+    """Those of them that hold fewer tokens than they could."""
+    cold_kept: int = 0
+    """Cold pages that a later compaction moved as they were."""
+    cold_dropped: int = 0
+    """Cold pages that a later compaction gave up."""
+    cold_prefill: int = 0
+    """Cold pages that were made before the end of a prompt: its later chunks are read on top of them."""
+    cold_in_place: int = 0
+    """Cold pages that a compaction in place made or kept: some were written over what they were made of."""
+    lost: int = 0
+    """Tokens of a (layer, kv head) that some compaction left in no page, hot or cold, over all of them."""
 
 
 @dataclass(frozen=True)
@@ -128,6 +142,9 @@ class Compaction:
     reused_blocks: how many of those an earlier compaction of the same step had freed.
     fewest, most: survivors of the (layer, kv head) that kept the fewest and of the one that kept the most.
     file: survivors[layer][kv head], ascending resident indices of that pair; kv heads of all ranks in order.
+    pages_file: what ``recorded_pages.RecordedPages`` says of it; "" where nothing was dealt.
+    cold_made, cold_partial, cold_kept, cold_dropped, lost: of this compaction, as in ``Expected``.
+    cold_tokens: in all its cold pages.
     """
 
     step: int
@@ -147,6 +164,13 @@ class Compaction:
     fewest: int
     most: int
     file: str
+    pages_file: str = ""
+    cold_made: int = 0
+    cold_partial: int = 0
+    cold_kept: int = 0
+    cold_dropped: int = 0
+    cold_tokens: int = 0
+    lost: int = 0
 
     @property
     def spread(self) -> int:

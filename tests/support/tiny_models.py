@@ -29,14 +29,17 @@ _LM_HEAD_STD = 3.0
 
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
 
+MHA = "llama-mha"
+"""The first family with as many kv heads as query heads."""
+
 
 def build_tiny_model(family: str, directory: Path, seed: int = 0) -> Path:
     """Write a float32 checkpoint of ``family`` to ``directory / name`` and return that path.
 
     A checkpoint written before with the same arguments is reused.
     """
-    if family not in FAMILIES:
-        raise ValueError(f"unknown family {family!r}; available: {', '.join(FAMILIES)}")
+    if not is_tiny(family):
+        raise ValueError(f"unknown family {family!r}; available: {', '.join((*FAMILIES, MHA))}")
     path = directory / f"tiny-{family}-{seed}"
     done = path / "complete.json"
     if done.is_file():
@@ -48,10 +51,15 @@ def build_tiny_model(family: str, directory: Path, seed: int = 0) -> Path:
     return path
 
 
+def is_tiny(family: str) -> bool:
+    """Whether `build_tiny_model` knows it."""
+    return family in FAMILIES or family == MHA
+
+
 def _model_class(family: str) -> Any:
     import transformers
 
-    names = {"llama": "Llama", "mistral": "Mistral", "qwen2": "Qwen2", "qwen3": "Qwen3"}
+    names = {"llama": "Llama", MHA: "Llama", "mistral": "Mistral", "qwen2": "Qwen2", "qwen3": "Qwen3"}
     return getattr(transformers, names[family] + "ForCausalLM")
 
 
@@ -64,7 +72,7 @@ def _config(family: str) -> Any:
         "intermediate_size": 2 * HIDDEN,
         "num_hidden_layers": LAYERS,
         "num_attention_heads": HEADS,
-        "num_key_value_heads": KV_HEADS,
+        "num_key_value_heads": HEADS if family == MHA else KV_HEADS,
         "max_position_embeddings": MAX_POSITIONS,
         "tie_word_embeddings": False,
         "bos_token_id": 0,

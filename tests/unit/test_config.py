@@ -68,6 +68,12 @@ def test_presence_of_the_key_turns_the_policy_on() -> None:
             {"dealing": "profile", "calibration": "none"},
             ["dealing='profile'", "calibration='none'", "'auto' or a path"],
         ),
+        ({"cold_bits": 3}, ["cold_bits: got 3", "one of 'auto', 0, 2, 4, 8", "default 'auto'"]),
+        ({"cold_loss": 1.5}, ["cold_loss: got 1.5", ">= 0 and <= 1", "default null"]),
+        (
+            {"cold_bits": 8, "dealing": "equal"},
+            ["cold_bits=8", "dealing='equal'", "'global' or 'profile', or cold_bits to 0"],
+        ),
         ({"recent_tokens": 4}, ["recent_tokens=4", "window=8", "at least 8", "at most 4"]),
         ({"sink_tokens": -1, "seed": -1}, ["sink_tokens: got -1", "seed: got -1"]),
         (None, ["NoneType", "JSON object"]),
@@ -119,6 +125,24 @@ def test_scorers_are_looked_up_by_name() -> None:
     assert config.scorers == ("delta", "snapkv", "tovaa")
     with pytest.raises(ConfigError, match="unknown scorer 'tovaa'"):
         config.check_scorers(["snapkv", "delta"])
+
+
+@pytest.mark.parametrize(
+    ("given", "full_speed", "bits"),
+    [
+        ({}, True, 4),
+        ({}, False, 0),
+        ({"cold_bits": "auto", "dealing": "equal"}, True, 0),
+        ({"cold_bits": 0}, True, 0),
+        ({"cold_bits": 2}, False, 2),
+        ({"cold_bits": 0, "dealing": "equal"}, False, 0),
+    ],
+)
+def test_auto_bits_depend_on_what_reads_them(given: dict[str, Any], full_speed: bool, bits: int) -> None:
+    before = DeltaMemConfig.from_dict(given)
+    assert before.has_cold == (before.cold_bits not in ("auto", 0))
+    config = before.resolved(None, predictor=False, cold=full_speed)
+    assert (config.cold_bits, config.has_cold) == (bits, bits > 0)
 
 
 @pytest.mark.parametrize(

@@ -11,9 +11,11 @@ import torch
 from torch import Tensor
 
 from deltamem_vllm.dealing import dealer as module
-from deltamem_vllm.dealing.dealer import Dealer, _rated_together
+from deltamem_vllm.dealing import rater as rating
+from deltamem_vllm.dealing.dealer import Dealer
 from deltamem_vllm.dealing.pool import PagePool
 from deltamem_vllm.dealing.prior import HeadPrior
+from deltamem_vllm.dealing.rater import Rater, _rated_together
 from deltamem_vllm.dealing.tables import PageTables
 from deltamem_vllm.memory.plans import CompactionPlan, Probe
 from deltamem_vllm.ops.dealt_pages import DealtPages
@@ -43,12 +45,13 @@ class KeyLength(Scorer):
         return view.keys_f32.norm(dim=2) + view.values_f32.mean((1, 2)).unsqueeze(1)
 
 
-def make_dealer(seed: int = 0) -> Dealer:
+def make_dealer(seed: int = 0, prior: HeadPrior | None = None) -> Dealer:
     torch.manual_seed(seed)
     memory = torch.randn(LAYERS, 64, HEADS, SIZE, 2 * DIM) * torch.rand(LAYERS, 1, HEADS, 1, 1)
     pool = PagePool(list(memory))
     tables = PageTables(pool, max_rows=2, max_width=64, fixed=False)
-    return Dealer(tables, DealtPages(make_layout("slot_major", SIZE, DIM)), [1.0] * LAYERS, None, None, 0.0, 0)
+    mover = DealtPages(make_layout("slot_major", SIZE, DIM))
+    return Dealer(tables, mover, Rater(tables, mover, [1.0] * LAYERS, None, 0.0, 0, None), prior)
 
 
 def plan(source: tuple[int, ...], target: tuple[int, ...], resident: int, serial: int) -> CompactionPlan:
@@ -62,7 +65,7 @@ def plan(source: tuple[int, ...], target: tuple[int, ...], resident: int, serial
 def probe_before(compaction: CompactionPlan, compacted_next: bool) -> Probe:
     return Probe(
         "r", compaction.source_blocks, compaction.resident_before, compaction.logical_len, 2, 3, "key-length",
-        "global", compacted_next,
+        "global", compacted_next=compacted_next,
     )  # fmt: skip
 
 
@@ -73,7 +76,7 @@ def test_a_probe_before_a_compaction_changes_nothing_but_the_work(compacted_next
         alone, both = KeyLength(), KeyLength()
         expected = plain.run(step, alone)
         probed.probe(probe_before(step, compacted_next), both)
-        assert torch.equal(probed.run(step, both), expected)
+        assert torch.equal(probed.run(step, both).hot, expected.hot)
         assert both.tokens == (1 if compacted_next else 2) * alone.tokens
     lengths = plain.tables.requests["r"].counts
     assert lengths.unique().numel() > 1, "heads of different lengths are what this is about"
@@ -102,18 +105,21 @@ def test_more_ratings_than_may_be_kept_are_worked_out_again(monkeypatch: pytest.
 def test_heads_are_rated_apart_where_they_would_not_fit_a_cache(monkeypatch: pytest.MonkeyPatch) -> None:
     step = plan(FIRST, SECOND, 93, 1)
     together = make_dealer().run(step, KeyLength())
-    monkeypatch.setattr(module, "_NUMBERS_IN_CACHE", 93 * DIM)
-    assert torch.equal(make_dealer().run(step, KeyLength()), together)
+    assert together.cold is None
+    monkeypatch.setattr(rating, "_NUMBERS_IN_CACHE", 93 * DIM)
+    assert torch.equal(make_dealer().run(step, KeyLength()).hot, together.hot)
 
 
 def test_runs_of_heads() -> None:
     def runs(tokens: list[int], width: int) -> list[tuple[int, int]]:
-        return [(run.start, run.stop) for run in _rated_together(tokens, width)]
+        return [(run.start, run.stop) for run in _rated_together(tokens, width, one_by_one=False)]
 
     assert runs([5, 5, 7, 7, 7, 5], 0) == [(0, 2), (2, 5), (5, 6)]
     assert runs([1 << 14] * 3, 2) == [(0, 2), (2, 3)]
     assert runs([1 << 20] * 2, 64) == [(0, 1), (1, 2)], "one head at least"
     assert runs([1 << 20] * 2, 0) == [(0, 2)], "a GPU takes all"
+    apart = [(run.start, run.stop) for run in _rated_together([5, 5, 7], 0, one_by_one=True)]
+    assert apart == [(0, 1), (1, 2), (2, 3)]
 
 
 def test_a_rating_of_other_blocks_is_not_used() -> None:
@@ -122,7 +128,7 @@ def test_a_rating_of_other_blocks_is_not_used() -> None:
     step = plan((*FIRST, 30), SECOND, 97, 1)
     probed.probe(probe_before(plan(FIRST, SECOND, 93, 1), compacted_next=True), KeyLength())
     alone, again = KeyLength(), KeyLength()
-    assert torch.equal(probed.run(step, again), plain.run(step, alone))
+    assert torch.equal(probed.run(step, again).hot, plain.run(step, alone).hot)
     assert again.tokens == alone.tokens
 
 
@@ -155,7 +161,7 @@ def test_lasting_scores_stay_with_their_entries() -> None:
     first, second = plan(FIRST, SECOND, 93, 1), plan((*SECOND, 30), THIRD, 6 * SIZE + 5, 2)
     pages, _ = dealer.tables.source("r", FIRST, 93)
     whole = [dealer._mover.read(dealer.tables.pool.flat, pages[layer], 93) for layer in range(LAYERS)]
-    kept = dealer.run(first, scorer)
+    kept = dealer.run(first, scorer).hot
     assert scorer.tokens == LAYERS * HEADS * 93
     rated = dealer.tables.requests["r"].rated
     assert rated is not None and rated.seen.count == 93
@@ -170,7 +176,7 @@ def test_lasting_scores_stay_with_their_entries() -> None:
     tail_pages = dealer.tables.pool.ids(torch.tensor([30]))
     tail = [dealer._mover.read(dealer.tables.pool.flat, tail_pages[layer], 5) for layer in range(LAYERS)]
     before, scorer.given, scorer.tokens = rated, [], 0
-    kept = dealer.run(second, scorer)
+    kept = dealer.run(second, scorer).hot
     assert scorer.tokens == LAYERS * HEADS * 5, "what stayed is not rated again"
     rated = dealer.tables.requests["r"].rated
     assert rated is not None and rated.seen.count == 98
@@ -194,17 +200,14 @@ class Unprofiled(KeyLength):
 def test_a_scorer_may_be_judged_by_itself() -> None:
     step = plan(FIRST, SECOND, 93, 1)
     profile = torch.rand(LAYERS, HEADS, 16).sort(-1, descending=True).values * torch.rand(LAYERS, HEADS, 1)
-    alone, kept = make_dealer().run(step, KeyLength()), {}
+    alone, kept = make_dealer().run(step, KeyLength()).hot, {}
+    prior = HeadPrior(profile)
     for scorer in (KeyLength(), Unprofiled()):
-        dealer = make_dealer()
-        dealer._prior = HeadPrior(profile)
-        kept[scorer.profiled] = dealer.run(step, scorer)
+        kept[scorer.profiled] = make_dealer(prior=prior).run(step, scorer).hot
         if not scorer.profiled:  # where the profile alone deals, it deals for every scorer
-            by_profile = [make_dealer(), make_dealer()]
-            for one in by_profile:
-                one._prior = HeadPrior(profile)
             only = replace(step, dealing="profile")
-            assert torch.equal(by_profile[0].run(only, KeyLength()), by_profile[1].run(only, Unprofiled()))
+            by_profile = [make_dealer(prior=prior).run(only, one).hot for one in (KeyLength(), Unprofiled())]
+            assert torch.equal(*by_profile)
     assert torch.equal(kept[False], alone)
     assert not torch.equal(kept[True], alone)
 

@@ -136,6 +136,9 @@ class TestDealing:
         utility = torch.tensor([[[INF, INF, INF], [0.0, 0.0, 0.0]]])
         assert deal(utility, 4, 2, 1).tolist() == [[3, 1]]
 
+    def test_infinite_pages_wait_for_the_ones_before_them(self) -> None:
+        assert deal(torch.tensor([[[0.5, INF], [3.0, 2.0]]]), 4, 1, 0).tolist() == [[0, 2]]
+
     def test_nan_is_worth_nothing(self) -> None:
         utility = torch.tensor([[[2.0, NAN, NAN], [3.0, 1.0, -1.0]]])
         assert deal(utility, 4, 2, 0).tolist() == [[2, 2]]

@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any, get_args
 
 import pytest
@@ -20,6 +21,7 @@ DEFAULTS = RequestOptions(
     coverage=None,
     dealing="global",
     min_tokens=100,
+    cold=False,
     scorer="tova",
 )
 
@@ -42,11 +44,41 @@ def test_a_request_can_set_everything() -> None:
         coverage=1.0,
         dealing="profile",
         min_tokens=0,
+        cold=False,
         scorer="keydiff",
     )
     assert isinstance(options.keep_ratio, float)
     assert isinstance(options.coverage, float)
     assert isinstance(options.min_tokens, int)
+
+
+@pytest.mark.parametrize(
+    ("bits", "given", "cold"),
+    [
+        (4, {}, True),
+        (4, {"deltamem_cold": "on"}, True),
+        (4, {"deltamem_cold": "off"}, False),
+        (4, {"deltamem_dealing": "equal"}, False),
+        (0, {}, False),
+        (0, {"deltamem_cold": "off"}, False),
+    ],
+)
+def test_cold_pages_are_the_servers_and_a_request_may_decline(bits: Any, given: dict[str, Any], cold: bool) -> None:
+    config = DeltaMemConfig(cold_bits=bits)
+    assert RequestOptions.from_extra_args(given, config).cold is cold
+
+
+@pytest.mark.parametrize(
+    ("bits", "given", "allowed"),
+    [
+        (0, {"deltamem_cold": "on"}, "'off' on this server, which has cold_bits=0"),
+        (4, {"deltamem_cold": "on", "deltamem_dealing": "equal"}, "'off' where deltamem_dealing is 'equal'"),
+        (4, {"deltamem_cold": 1}, "'on' or 'off'"),
+    ],
+)
+def test_cold_pages_that_cannot_be_had_are_refused(bits: Any, given: dict[str, Any], allowed: str) -> None:
+    with pytest.raises(RequestOptionError, match=re.escape(allowed)):
+        RequestOptions.from_extra_args(given, DeltaMemConfig(cold_bits=bits))
 
 
 def test_the_choices_are_those_of_the_configuration() -> None:

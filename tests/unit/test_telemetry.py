@@ -140,7 +140,7 @@ def test_totals_start_at_zero_in_public_units_and_are_json() -> None:
     totals = counted.totals()
     assert totals["counters"]["compaction_seconds"] == pytest.approx(1.5)
     assert totals["counters"]["compactions_skipped"] == {"no_free_blocks": 3, "shared_prefix": 0}
-    assert totals["levels"]["tier_bytes"] == {"hot": 0}
+    assert totals["levels"]["tier_bytes"] == {"cold": 0, "hot": 0}
     assert "requests_refused" not in totals["counters"], "counted in the API servers, unknown to an engine"
     assert json.loads(json.dumps(totals)) == totals
 

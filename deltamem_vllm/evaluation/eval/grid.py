@@ -57,6 +57,8 @@ class Policy(_Strict):
     scorer: str
     dealing: Dealing = "global"
     """How layers and heads share the budget."""
+    cold: bool = True
+    """Whether pages may be cold, where the configuration has ``cold_bits``."""
     config: dict[str, Any] = {}
     """Fields of DeltaMemConfig that differ from the grid's; such a policy gets an engine of its own."""
 

@@ -11,9 +11,9 @@ from typing import Any
 
 from deltamem_vllm.evaluation.eval.encode import Encoded, Encoder, Setting, aligned_sample
 from deltamem_vllm.evaluation.eval.engine import Request
-from deltamem_vllm.evaluation.eval.grid import FP8, FP8_BUDGET, FULL, Grid
+from deltamem_vllm.evaluation.eval.grid import FP8, FP8_BUDGET, FULL, Grid, Policy
 from deltamem_vllm.evaluation.tasks import TASKS, Sample, make_sample
-from deltamem_vllm.request_options import DEALING, KEEP_RATIO, POLICY, SCORER
+from deltamem_vllm.request_options import COLD, DEALING, KEEP_RATIO, POLICY, SCORER
 
 
 @dataclass(frozen=True)
@@ -46,7 +46,7 @@ def engine_specs(grid: Grid) -> list[EngineSpec]:
     for number, (config, members) in enumerate(by_config.values()):
         scorers = list(dict.fromkeys(policy.scorer for policy in members))
         points = [
-            (policy.name, budget, {KEEP_RATIO: budget, SCORER: policy.scorer, DEALING: policy.dealing})
+            (policy.name, budget, {KEEP_RATIO: budget, **_options(policy, config)})
             for policy in members
             for budget in grid.budgets
         ]
@@ -56,6 +56,14 @@ def engine_specs(grid: Grid) -> list[EngineSpec]:
     if grid.fp8:
         specs.append(EngineSpec(FP8, None, ((FP8, FP8_BUDGET, {}),)))
     return specs
+
+
+def _options(policy: Policy, config: dict[str, Any]) -> dict[str, Any]:
+    """What each request of a policy asks for, besides its budget."""
+    options = {SCORER: policy.scorer, DEALING: policy.dealing}
+    if not config.get("cold_bits"):
+        return options
+    return options | {COLD: "on" if policy.cold and policy.dealing != "equal" else "off"}
 
 
 def engine_args(grid: Grid, model: str, spec: EngineSpec) -> dict[str, Any]:

@@ -1,0 +1,181 @@
+# SPDX-License-Identifier: Apache-2.0
+# SPDX-FileCopyrightText: Copyright contributors to the deltamem project
+"""GB/s of the native codecs and of moving tokens, against copying as many bytes, and against the torch versions.
+
+Bytes are what an operation must read and write at least once: the tokens that are moved, or the tokens and the coded
+part of their pages. The ceiling is memcpy of half as many (it reads and writes each) by the same threads. All versions
+take turns, so that a noisy machine is noisy for all; figures are medians.
+
+    .venv/bin/python benchmarks/native_cpu.py [--threads 2] [--isa avx2] [--bits 4]
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+
+from deltamem_vllm.codec.cold_codec import decode_pages, encode_pages
+from deltamem_vllm.evaluation.machine import command_line, describe_machine
+from deltamem_vllm.ops import native
+from deltamem_vllm.ops.cold import decode_delta, encode_delta, encode_from
+from deltamem_vllm.ops.dealt_pages import DealtPages
+from deltamem_vllm.ops.inputs import make_layout
+from deltamem_vllm.ops.inputs_cold import make_cold_tokens, put_in_pool
+
+
+@dataclass(frozen=True)
+class Case:
+    """One operation: its bytes, and both versions of it."""
+
+    name: str
+    moved: int
+    ours: Callable[[], object]
+    torchs: Callable[[], object]
+
+
+def main() -> None:
+    args = parse()
+    torch.set_num_threads(args.threads)
+    with native.using_isa(args.isa or native.isa()):
+        print(f"{command_line()}\n{describe_machine()}\n{args.threads} thread(s), {native.isa()}, {vars(args)}\n")
+        print(f"| {'operation':36} | MB   | GB/s | of memcpy | torch GB/s | times torch |")
+        print(f"|{'-' * 38}|{'-' * 6}|{'-' * 6}|{'-' * 11}|{'-' * 12}|{'-' * 13}|")
+        for case in [*cold_cases(args), *move_cases(args)]:
+            report(case, args.rounds)
+
+
+def report(case: Case, rounds: int) -> None:
+    source = torch.randint(0, 255, (case.moved // 2,), dtype=torch.uint8)
+    target = torch.empty_like(source)
+    turns = {"ours": case.ours, "copy": lambda: target.copy_(source), "torch": case.torchs}
+    seconds: dict[str, list[float]] = {name: [] for name in turns}
+    for turn in range(rounds + 1):
+        for name, call in turns.items():
+            began = time.perf_counter()
+            call()
+            if turn:  # the first touches fresh memory
+                seconds[name].append(time.perf_counter() - began)
+    ours, copy, torchs = (case.moved / statistics.median(seconds[name]) / 1e9 for name in turns)
+    print(
+        f"| {case.name:36} | {case.moved / 1e6:4.0f} | {ours:4.1f} | {ours / copy:9.0%} | {torchs:10.2f} "
+        f"| {ours / torchs:11.1f} |",
+        flush=True,
+    )
+
+
+def cold_cases(args: argparse.Namespace) -> list[Case]:
+    """Both codecs between dense tokens and pages, and from hot pages to cold ones."""
+    dtype, cases = torch.bfloat16, []
+    for bits in args.bits:
+        page_bytes = args.block * 2 * args.dim * dtype.itemsize
+        pages = max(1, args.mebibytes * 2**20 * bits // 16 // page_bytes)
+        case = make_cold_tokens("normal", bits, args.dim, args.block, pages, dtype, args.seed, full=True)
+        cold, keys, values, counts = case.cold, case.keys, case.values, case.counts
+        raw = torch.zeros(pages, page_bytes, dtype=torch.uint8)
+        ids = torch.randperm(pages)
+        moved = 2 * keys.numel() * dtype.itemsize + pages * page_bytes
+        encode_delta(cold, keys, values, counts, raw, ids)
+        # Into memory that is there already: fresh pages of the operating system cost more than decoding.
+        keys_out, values_out, counts_out = torch.empty_like(keys), torch.empty_like(values), torch.empty_like(counts)
+        out = (keys_out, values_out, counts_out)
+        cases += [
+            Case(
+                f"encode_delta, {bits} bits, C {cold.capacity}",
+                moved,
+                lambda a=(cold, keys, values, counts, raw, ids): encode_delta(*a),
+                lambda a=(cold, keys, values, counts): encode_pages(*a),
+            ),
+            Case(
+                f"decode_delta, {bits} bits",
+                moved,
+                lambda a=(cold, raw, ids, dtype, out): decode_delta(*a),
+                lambda a=(cold, raw): [part.to(dtype) for part in decode_pages(*a)[:2]],
+            ),
+        ]
+        for layout in args.layouts:
+            there = put_in_pool(case, layout, args.block, args.seed)
+            mover = DealtPages(there.layout)
+
+            def in_torch(there=there, mover=mover, cold=cold, counts=counts) -> object:
+                page, slot = there.pages.flatten(), there.slots.flatten()
+                dense = [
+                    part.view(-1, cold.capacity, cold.head_size)
+                    for part in (mover._gather(there.pool, name, page, slot) for name in ("keys", "values"))
+                ]
+                return encode_pages(cold, *dense, counts)
+
+            cases.append(
+                Case(
+                    f"encode_from, {bits} bits, {layout}",
+                    moved,
+                    lambda a=(there.pool, there.layout, cold, there.pages, there.slots, counts, there.spare): (
+                        encode_from(*a)
+                    ),
+                    in_torch,
+                )
+            )
+    return cases
+
+
+def move_cases(args: argparse.Namespace) -> list[Case]:
+    """Survivors from page to page: all of a page's tokens, and a quarter of them, as after an eviction."""
+    cases = []
+    generator = torch.Generator().manual_seed(args.seed)
+    page_numbers = args.block * 2 * args.dim
+    for layout in args.layouts:
+        for share in (1.0, 0.25):
+            targets = args.mebibytes * 2**20 // (2 * page_numbers)
+            hot = round(targets / share)
+            pool = torch.randn(hot + targets, page_numbers, dtype=torch.bfloat16, generator=generator)
+            order = torch.randperm(hot + targets, generator=generator)
+            kept = torch.randperm(hot * args.block, generator=generator)[: targets * args.block].sort().values
+            page, slot = order[kept // args.block], kept % args.block
+            mover = DealtPages(make_layout(layout, args.block, args.dim))
+            moved = 2 * targets * page_numbers * 2
+            for in_place in (False, True):
+
+                def in_torch(pool=pool, page=page, slot=slot, to=order[hot:], mover=mover) -> None:
+                    mover.scatter(pool, to, *(mover._gather(pool, name, page, slot) for name in ("keys", "values")))
+
+                cases.append(
+                    Case(
+                        f"move {share:.0%}, {layout}{', in place' if in_place else ''}",
+                        moved,
+                        lambda a=(pool, page, slot, order[hot:], in_place), mover=mover: mover.move(*a),
+                        in_torch,
+                    )
+                )
+            cases.append(
+                Case(
+                    f"gather {share:.0%} (dense), {layout}",
+                    moved,
+                    lambda a=(pool, page, slot), mover=mover: mover.gather(*a),
+                    lambda a=(pool, page, slot), mover=mover: [
+                        mover._gather(a[0], name, *a[1:]) for name in ("keys", "values")
+                    ],
+                )
+            )
+    return cases
+
+
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--isa", choices=native.ISAS, help="default: the best there is")
+    parser.add_argument("--bits", type=int, nargs="+", default=[8, 4, 2])
+    parser.add_argument("--dim", type=int, default=64)
+    parser.add_argument("--block", type=int, default=16, help="slots of a page")
+    parser.add_argument("--layouts", nargs="+", default=["keys_transposed", "slot_major"])
+    parser.add_argument("--mebibytes", type=int, default=64, help="of tokens in each operation")
+    parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--seed", type=int, default=0)
+    return parser.parse_args()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,152 @@
+# SPDX-License-Identifier: Apache-2.0
+# SPDX-FileCopyrightText: Copyright contributors to the deltamem project
+"""gather_pages on CPU: tokens moved between pages of the pool by the native library, in any affine layout.
+
+`ops/dealt_pages.py` is what callers use: it serves every layout and device, and comes here where it can.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from deltamem_vllm.ops import native
+from deltamem_vllm.ops.checks import check_ids, check_places
+from deltamem_vllm.ops.layout import PageLayout
+
+_ITEM_BYTES = (1, 2, 4)
+
+
+@dataclass(frozen=True)
+class PoolStrides:
+    """Where elements stand in a pool of affine pages, in elements.
+
+    Attributes
+    ----------
+    page: from a page to the next.
+    keys, values: ``(base, from slot to slot, from dimension to dimension)`` inside a page.
+    slots, dim: of a page; of a key.
+    """
+
+    page: int
+    keys: tuple[int, int, int]
+    values: tuple[int, int, int]
+    slots: int
+    dim: int
+
+    @staticmethod
+    def of(pool: Tensor, layout: PageLayout) -> PoolStrides | None:
+        """Those of this pool, ``[num_pages, block_size * 2 * D]``; None where offsets are not affine.
+
+        Raises
+        ------
+        ValueError: the pool's pages are not of this layout.
+        """
+        width = layout.block_size * 2 * layout.head_size
+        if pool.dim() != 2 or pool.shape[1] != width or pool.stride(1) != 1:
+            raise ValueError(
+                f"the pool must be [pages, {width}] with its elements side by side, "
+                f"got {tuple(pool.shape)} with strides {pool.stride()}"
+            )
+        keys, values = layout.strides("keys"), layout.strides("values")
+        if keys is None or values is None:
+            return None
+        return PoolStrides(pool.stride(0), keys, values, layout.block_size, layout.head_size)
+
+    def argument(self) -> ctypes.Array[ctypes.c_int64]:
+        """As the library takes it."""
+        return (ctypes.c_int64 * 6)(*self.keys, *self.values)
+
+
+def gather_tokens(pool: Tensor, strides: PoolStrides, page: Tensor, slot: Tensor) -> tuple[Tensor, Tensor] | None:
+    """Copy single tokens out of the pool.
+
+    Parameters
+    ----------
+    pool: ``[num_pages, block_size * 2 * D]``.
+    strides: of the pool.
+    page, slot: ``[K]`` int32 or int64, where each token stands.
+
+    Returns
+    -------
+    Keys and values, ``[K, D]`` contiguous in the pool's dtype; None if the library cannot do it (another device, kind
+    of number, or no library).
+
+    Raises
+    ------
+    ValueError: a shape or dtype does not fit, or a place is outside the pool.
+    """
+    library = _library_for(pool)
+    if library is None:
+        return None
+    page, slot = check_places(page, slot, pool.shape[0], strides.slots)
+    keys = torch.empty(page.shape[0], strides.dim, dtype=pool.dtype)
+    values = torch.empty_like(keys)
+    library.deltamem_gather_tokens(
+        *_pool_arguments(pool, strides),
+        *map(native.pointer, (page, slot)),
+        native.int64(page.shape[0]),
+        *map(native.pointer, (keys, values)),
+    )
+    return keys, values
+
+
+def gather_pages(
+    pool: Tensor, strides: PoolStrides, page: Tensor, slot: Tensor, targets: Tensor, in_place: bool
+) -> bool:
+    """Fill whole pages of the pool with tokens of other pages, without a dense copy of them in between.
+
+    Parameters
+    ----------
+    pool: ``[num_pages, block_size * 2 * D]``; modified.
+    strides: of the pool.
+    page, slot: ``[p * block_size]`` int32 or int64, where the tokens of each target stand, in the order of its slots.
+    targets: ``[p]`` int32 or int64, distinct page ids.
+    in_place: targets may be among ``page``: all tokens are read before the first page is written.
+
+    Returns
+    -------
+    Whether it was done; see `gather_tokens`.
+
+    Raises
+    ------
+    ValueError: a shape or dtype does not fit, or a place is outside the pool.
+    """
+    library = _library_for(pool)
+    if library is None:
+        return False
+    targets = check_ids("targets", targets, (targets.numel(),), pool.shape[0])
+    count = targets.shape[0]
+    if page.shape != (count * strides.slots,):
+        raise ValueError(f"{count} pages take {count * strides.slots} tokens, got {tuple(page.shape)}")
+    page, slot = check_places(page, slot, pool.shape[0], strides.slots)
+    out = pool.new_empty(count, pool.shape[1]) if in_place else pool
+    places = torch.arange(count) if in_place else targets
+    library.deltamem_gather_pages(
+        *_pool_arguments(pool, strides, slots=True),
+        *map(native.pointer, (page, slot, places)),
+        native.int64(count),
+        native.pointer(out),
+        native.int64(out.stride(0) * pool.element_size()),
+    )
+    if in_place:
+        pool.index_copy_(0, targets, out)
+    return True
+
+
+def _library_for(pool: Tensor) -> ctypes.CDLL | None:
+    fits = pool.device.type == "cpu" and pool.element_size() in _ITEM_BYTES
+    return native.library() if fits else None
+
+
+def _pool_arguments(pool: Tensor, strides: PoolStrides, slots: bool = False) -> tuple[object, ...]:
+    size = pool.element_size()
+    return (
+        *map(native.int64, (size, strides.dim, *((strides.slots,) if slots else ()))),
+        native.pointer(pool),
+        native.int64(strides.page * size),
+        strides.argument(),
+    )

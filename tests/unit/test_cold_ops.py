@@ -1,0 +1,243 @@
+# SPDX-License-Identifier: Apache-2.0
+# SPDX-FileCopyrightText: Copyright contributors to the deltamem project
+"""Cold pages: torch's, every native version and the definition, byte for byte."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from deltamem_vllm.codec.cold_codec import encode_pages
+from deltamem_vllm.codec.cold_page import BITS, ColdFormat
+from deltamem_vllm.ops import native, reference_cold
+from deltamem_vllm.ops.cold import decode_delta, encode_delta, encode_from
+from deltamem_vllm.ops.inputs import LAYOUTS, make_layout
+from deltamem_vllm.ops.inputs_cold import KINDS, ColdTokens, make_cold_tokens, make_hostile_pages, put_in_pool
+
+ISAS = native.supported_isas()
+DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+
+
+@pytest.fixture(params=ISAS)
+def isa(request):
+    with native.using_isa(request.param):
+        yield request.param
+
+
+def encoded(case: ColdTokens) -> torch.Tensor:
+    """The pages in a pool that was full of something else, in reverse order, with a page of it on either side."""
+    pages = len(case.counts)
+    raw = torch.full((pages + 2, case.cold.page_bytes), 0xAA, dtype=torch.uint8)
+    encode_delta(case.cold, case.keys, case.values, case.counts, raw, torch.arange(pages, 0, -1))
+    assert (raw[0] == 0xAA).all() and (raw[-1] == 0xAA).all()
+    return raw[1:-1].flip(0)
+
+
+def same(a: torch.Tensor, b: torch.Tensor) -> bool:
+    """Equal bit for bit, but for what kind of NaN it is."""
+    a, b = (torch.where(part.isnan(), torch.nan, part) for part in (a, b))
+    return torch.equal(a.contiguous().view(torch.uint8), b.contiguous().view(torch.uint8))
+
+
+def test_there_are_native_versions_to_compare() -> None:
+    assert "scalar" in ISAS
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("bits", BITS)
+@pytest.mark.parametrize("dim", [64, 80, 96, 128, 256])
+def test_every_version_writes_the_same_bytes(kind, bits, dim):
+    for dtype in DTYPES:
+        case = make_cold_tokens(kind, bits, dim, 16, 5, dtype, seed=dim + bits)
+        expected = encode_pages(case.cold, case.keys, case.values, case.counts)
+        for name in ISAS:
+            with native.using_isa(name):
+                assert torch.equal(encoded(case), expected), (name, dtype)
+
+
+@settings(max_examples=150, deadline=None)
+@given(
+    kind=st.sampled_from(KINDS),
+    bits=st.sampled_from(BITS),
+    dim=st.integers(1, 66).map(lambda n: 4 * n),
+    block_size=st.integers(16, 128),
+    pages=st.integers(0, 4),
+    dtype=st.sampled_from(DTYPES),
+    name=st.sampled_from(ISAS or ("none",)),
+    seed=st.integers(0, 2**16),
+)
+def test_any_shape(kind, bits, dim, block_size, pages, dtype, name, seed):
+    case = make_cold_tokens(kind, bits, dim, block_size, pages, dtype, seed)
+    with native.using_isa(name):
+        raw = encoded(case)
+        assert torch.equal(raw, encode_pages(case.cold, case.keys, case.values, case.counts))
+        keys, values, counts = decode_delta(case.cold, raw, torch.arange(pages), torch.float32)
+    assert torch.equal(counts, case.counts)
+    for part in (keys, values):
+        assert part.shape == (pages, case.cold.capacity, dim) and part.isfinite().all()
+        for page, count in enumerate(counts):
+            assert not part[page, count:].any()
+
+
+@settings(max_examples=25, deadline=None)
+@given(
+    kind=st.sampled_from(KINDS),
+    bits=st.sampled_from(BITS),
+    dim=st.sampled_from([4, 8, 20, 64]),
+    dtype=st.sampled_from(DTYPES),
+    seed=st.integers(0, 2**16),
+)
+def test_torch_writes_and_native_reads_what_the_definition_says(kind, bits, dim, dtype, seed):
+    case = make_cold_tokens(kind, bits, dim, 16, 2, dtype, seed)
+    raw = encode_pages(case.cold, case.keys, case.values, case.counts)
+    for page, count in enumerate(case.counts.tolist()):
+        expected = reference_cold.encode_page(case.cold, case.keys[page], case.values[page], count)
+        assert bytes(raw[page].tolist()) == expected
+        keys, values, held = reference_cold.decode_page(case.cold, expected)
+        for name in ISAS:
+            with native.using_isa(name):
+                for out in DTYPES:
+                    got = decode_delta(case.cold, raw, torch.tensor([page]), out)
+                    assert int(got[2]) == held == count
+                    assert same(got[0][0], keys.to(out)) and same(got[1][0], values.to(out)), (name, out)
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    bits=st.sampled_from(BITS),
+    dim=st.sampled_from([8, 20, 64, 80]),
+    out=st.sampled_from(DTYPES),
+    seed=st.integers(0, 2**16),
+)
+def test_bytes_that_nobody_wrote_are_read_alike(bits, dim, out, seed):
+    cold = ColdFormat(bits, dim, 16 * 2 * dim * 2)
+    raw = make_hostile_pages(cold, 3, seed)
+    for page in range(3):
+        keys, values, held = reference_cold.decode_page(cold, bytes(raw[page].tolist()))
+        for name in ISAS:
+            with native.using_isa(name):
+                got = decode_delta(cold, raw, torch.tensor([page]), out)
+            assert int(got[2]) == held
+            assert same(got[0][0], keys.to(out)) and same(got[1][0], values.to(out)), name
+
+
+@settings(max_examples=80, deadline=None)
+@given(
+    layout=st.sampled_from(LAYOUTS),
+    bits=st.sampled_from(BITS),
+    dim=st.sampled_from([8, 64, 80]),
+    block_size=st.sampled_from([16, 32, 48]),
+    pages=st.integers(0, 3),
+    dtype=st.sampled_from(DTYPES),
+    name=st.sampled_from(ISAS or ("none",)),
+    in_place=st.booleans(),
+    seed=st.integers(0, 2**16),
+)
+def test_tokens_of_hot_pages_become_cold(layout, bits, dim, block_size, pages, dtype, name, in_place, seed):
+    case = make_cold_tokens("normal", bits, dim, block_size, pages, dtype, seed)
+    there = put_in_pool(case, layout, block_size, seed)
+    targets = there.spare
+    if in_place and pages:  # pages that tokens are taken from, of this cold page and of others
+        own = torch.unique(there.pages[there.pages < len(there.pool)])
+        targets = torch.cat([own.flip(0), there.spare])[:pages]
+    before = there.pool.clone()
+    with native.using_isa(name):
+        encode_from(there.pool, there.layout, case.cold, there.pages, there.slots, case.counts, targets)
+    before.view(torch.uint8)[targets] = encode_pages(case.cold, case.keys, case.values, case.counts)
+    assert torch.equal(before.view(torch.uint8), there.pool.view(torch.uint8))
+
+
+def test_a_negative_zero_is_a_zero(isa):
+    case = make_cold_tokens("normal", 4, 64, 16, 1, torch.float32, seed=0, full=True)
+    for part in (case.keys, case.values):
+        part.clamp_(min=0.0).mul_(torch.where(part == 0, -1.0, 1.0))
+    assert torch.signbit(case.keys).any()
+    raw = encoded(case)
+    cold = case.cold
+    zeros = torch.cat([raw[0, cold.key_zero : cold.value_scale], raw[0, cold.value_zero : cold.key_codes]])
+    assert not torch.signbit(zeros.view(torch.float16)).any()
+    assert torch.equal(raw, encode_pages(cold, case.keys + 0.0, case.values + 0.0, case.counts))
+
+
+def test_the_comparison_sees_one_wrong_code(isa):
+    case = make_cold_tokens("normal", 4, 64, 16, 2, torch.bfloat16, seed=1, full=True)
+    raw = encoded(case)
+    case.keys[1, 3, 7] += 4.0
+    assert not torch.equal(raw, encode_pages(case.cold, case.keys, case.values, case.counts))
+
+
+def test_pages_inside_a_larger_allocation(isa):
+    case = make_cold_tokens("outliers", 2, 96, 16, 3, torch.bfloat16, seed=2)
+    whole = torch.full((3, case.cold.page_bytes + 6), 7, dtype=torch.uint8)
+    view = whole[:, 3:-3]  # also at an odd address
+    encode_delta(case.cold, case.keys, case.values, case.counts, view, torch.arange(3))
+    assert torch.equal(view, encode_pages(case.cold, case.keys, case.values, case.counts))
+    assert (whole[:, :3] == 7).all() and (whole[:, -3:] == 7).all()
+    ids = torch.tensor([2, 0, 2])
+    for got, expected in zip(
+        decode_delta(case.cold, view, ids, torch.bfloat16),
+        decode_delta(case.cold, view.contiguous()[ids], torch.arange(3), torch.bfloat16),
+        strict=True,
+    ):
+        assert torch.equal(got, expected)
+
+
+def test_without_the_library_the_result_is_the_same(monkeypatch):
+    case = make_cold_tokens("outliers", 4, 64, 16, 3, torch.float16, seed=5)
+    there, again = (put_in_pool(case, "keys_transposed", 16, 5) for _ in range(2))
+    natively = encoded(case)
+    read = decode_delta(case.cold, natively, torch.arange(3), torch.float16)
+    encode_from(there.pool, there.layout, case.cold, there.pages, there.slots, case.counts, there.spare)
+    monkeypatch.setattr(native, "library", lambda: None)
+    assert torch.equal(encoded(case), natively)
+    for part, other in zip(decode_delta(case.cold, natively, torch.arange(3), torch.float16), read, strict=True):
+        assert torch.equal(part, other)
+    encode_from(again.pool, again.layout, case.cold, again.pages, again.slots, case.counts, again.spare)
+    assert torch.equal(there.pool.view(torch.uint8), again.pool.view(torch.uint8))
+    hostile = make_hostile_pages(case.cold, 4, 0)
+    assert decode_delta(case.cold, hostile, torch.arange(4), torch.float16)[2].max() <= case.cold.capacity
+
+
+COLD = ColdFormat(4, 8, 16 * 2 * 8 * 2)
+DENSE = torch.zeros(2, COLD.capacity, 8)
+RAW = torch.zeros(5, COLD.page_bytes, dtype=torch.uint8)
+ONE, TWO = torch.tensor([1, 1]), torch.tensor([0, 1])
+POOL = torch.zeros(5, 256, dtype=torch.bfloat16)
+PLACES = torch.zeros(2, COLD.capacity, dtype=torch.int64)
+LAYOUT = make_layout("keys_transposed", 16, 8)
+
+
+class TestRefusals:
+    @pytest.mark.parametrize(
+        ("call", "says"),
+        [
+            (lambda: encode_delta(COLD, DENSE, DENSE, ONE, RAW, torch.tensor([0, 5])), "targets must be between 0 and"),
+            (lambda: encode_delta(COLD, DENSE, DENSE, ONE, RAW, torch.tensor([-1, 1])), "targets .* got -1"),
+            (lambda: encode_delta(COLD, DENSE, DENSE, ONE - 1, RAW, TWO), "counts must be between 1"),
+            (lambda: encode_delta(COLD, DENSE, DENSE, ONE * 999, RAW, TWO), "counts .* got 999"),
+            (lambda: encode_delta(COLD, DENSE, DENSE, ONE.float(), RAW, TWO), "counts must be int32 or int64"),
+            (lambda: encode_delta(COLD, DENSE[:, 1:], DENSE, ONE, RAW, TWO), "keys of 2 cold pages"),
+            (lambda: encode_delta(COLD, DENSE, DENSE.half(), ONE, RAW, TWO), "values of 2 cold pages"),
+            (lambda: encode_delta(COLD, DENSE.double(), DENSE.double(), ONE, RAW, TWO), "keys of 2 cold pages"),
+            (lambda: encode_delta(COLD, DENSE, DENSE, ONE, RAW[:, 1:], TWO), "the pool as bytes"),
+            (lambda: encode_delta(COLD, DENSE, DENSE, ONE, RAW.float(), TWO), "the pool as bytes"),
+            (lambda: decode_delta(COLD, RAW, torch.tensor([5]), torch.float16), "ids must be between 0 and 4, got 5"),
+            (lambda: decode_delta(COLD, RAW, torch.tensor([-1]), torch.float16), "ids .* got -1"),
+            (lambda: decode_delta(COLD, RAW, torch.tensor(1), torch.float16), "ids must be int32 or int64"),
+            (lambda: decode_delta(COLD, RAW, TWO, torch.float64), "not torch.float64"),
+            (lambda: encode_from(POOL, LAYOUT, COLD, PLACES + 5, PLACES, ONE, TWO), "page must be between 0 and 4"),
+            (lambda: encode_from(POOL, LAYOUT, COLD, PLACES, PLACES + 16, ONE, TWO), "slot must be between 0 and 15"),
+            (lambda: encode_from(POOL, LAYOUT, COLD, PLACES - 1, PLACES, ONE, TWO), "page .* got -1"),
+            (lambda: encode_from(POOL, LAYOUT, COLD, PLACES[:1], PLACES, ONE, TWO), "pages and slots must be"),
+            (lambda: encode_from(POOL, LAYOUT, COLD, PLACES, PLACES, ONE, TWO + 4), "targets must be between 0 and 4"),
+            (lambda: encode_from(POOL, LAYOUT, COLD, PLACES, PLACES, ONE * 0, TWO), "counts must be between 1"),
+            (lambda: encode_from(POOL.int(), LAYOUT, COLD, PLACES, PLACES, ONE, TWO), "not of torch.int32"),
+            (lambda: encode_from(POOL[:, :128], LAYOUT, COLD, PLACES, PLACES, ONE, TWO), "the pool must be"),
+        ],
+    )
+    def test_mistakes(self, call, says):
+        with pytest.raises(ValueError, match=says):
+            call()
+        assert not RAW.any() and not POOL.any()
