@@ -16,11 +16,11 @@ import triton.language as tl
 def range_of(low: tl.tensor, high: tl.tensor, BITS: tl.constexpr) -> tl.tensor:
     """Scale and zero, float16, of rows with these least and largest elements (float32); (0, 0) where least > largest.
 
-    Both are cut to what float16 holds.
+    Both are cut to what float16 holds. Adding 0.0: which zero a reduction finds first would decide the sign of -0.0.
     """
     largest: tl.constexpr = 65504.0
     some = low <= high
-    zero = tl.minimum(tl.maximum(tl.where(some, low, 0.0), -largest), largest).to(tl.float16)
+    zero = tl.minimum(tl.maximum(tl.where(some, low, 0.0) + 0.0, -largest), largest).to(tl.float16)
     reach = tl.maximum(tl.where(some, high - zero.to(tl.float32), 0.0), 0.0)
     steps = tl.full(reach.shape, 2**BITS - 1, tl.float32)
     return tl.minimum(tl.div_rn(reach, steps), largest).to(tl.float16), zero

@@ -70,12 +70,13 @@ def decode_pages(layout: ColdFormat, raw: Tensor) -> tuple[Tensor, Tensor, Tenso
 
     Returns
     -------
-    Keys and values, ``[p, C, D]`` float32, zeros past a page's tokens, and the tokens of each page, ``[p]`` int64.
+    Keys and values, ``[p, C, D]`` float32, zeros past a page's tokens, and the tokens of each page, ``[p]`` int64: what
+    the header says, but no less than 0 and no more than C.
     """
     if raw.dim() != 2 or raw.shape[1] != layout.page_bytes or raw.dtype != torch.uint8:
         raise ValueError(f"cold pages are uint8 [p, {layout.page_bytes}], got {raw.dtype} {tuple(raw.shape)}")
     capacity, dim = layout.capacity, layout.head_size
-    counts = raw[:, :4].contiguous().view(torch.int32)[:, 0].long()
+    counts = raw[:, :4].contiguous().view(torch.int32)[:, 0].long().clamp(0, capacity)
 
     def parameters(offset: int, count: int) -> Tensor:
         return raw[:, offset : offset + 2 * count].contiguous().view(torch.float16).float()
@@ -97,7 +98,8 @@ def _quantise(tokens: Tensor, there: Tensor, along: int, bits: int) -> tuple[Ten
     """Codes (uint8), scale and zero (float16) of ``[p, C, D]``; the range is taken over dimension ``along``."""
     low = torch.where(there, tokens, torch.inf).amin(along, keepdim=True)
     high = torch.where(there, tokens, -torch.inf).amax(along, keepdim=True)
-    zero = torch.where(low <= high, low, 0.0).clamp(-_LARGEST, _LARGEST).half()
+    # Adding 0.0: which zero a reduction finds first would decide the sign of -0.0.
+    zero = (torch.where(low <= high, low, 0.0) + 0.0).clamp(-_LARGEST, _LARGEST).half()
     reach = torch.where(low <= high, high - zero.float(), 0.0).clamp(min=0.0)
     scale = (reach / (2**bits - 1)).clamp(max=_LARGEST).half()
     # A range too small for float16 has scale 0: every code is 0 and stands for the zero.

@@ -207,13 +207,11 @@ class Dealer:
         pair, token = where // keep.shape[2], where % keep.shape[2]
         page = pages.flatten(0, 1)[pair, token // size].long()
         slot = token % size
-        if in_place:  # a page may be a source and a target: read all before anything is written
-            self._mover.scatter(pool.flat, target, *self._mover.gather(pool.flat, page, slot))
-            return
-        for start in range(0, count, _TOKENS_AT_A_TIME):
-            part = slice(start, start + _TOKENS_AT_A_TIME)
-            keys, values = self._mover.gather(pool.flat, page[part], slot[part])
-            self._mover.scatter(pool.flat, target[start // size : (start + _TOKENS_AT_A_TIME) // size], keys, values)
+        at_once = count if in_place else _TOKENS_AT_A_TIME  # in place, all is read before anything is written
+        for start in range(0, count, max(at_once, size)):
+            part = slice(start, start + at_once)
+            targets = target[start // size : (start + at_once) // size]
+            self._mover.move(pool.flat, page[part], slot[part], targets, in_place)
 
 
 @dataclass(frozen=True)

@@ -34,10 +34,10 @@ class TierPath:
 def tier_path(worth: Tensor, lengths: Tensor, block_size: int, capacity: int, loss: float, floor: int) -> TierPath:
     """Split 0, 1, 2 ... pages of every pair into hot and cold ones, in the best way there is.
 
-    With h of n pages hot, a pair has ``loss * T(h * block_size) + (1 - loss) * T(h * block_size + (n - h) * capacity)``:
-    T is what its so many best tokens are worth. T bends downwards, since better tokens come first, and so does this as h
-    grows. The best h is where it stops to rise; all n are searched at once by halving. Of equal splits the hotter is
-    taken.
+    With h of n pages hot, a pair has ``loss * T(h * block_size) + (1 - loss) * T(h * block_size + (n - h) * capacity)``
+    if T is what its so many best tokens are worth. T bends downwards, since better tokens come first, and so does this
+    as h grows. The best h is where it stops to rise; all n are searched at once by halving. Of equal splits the hotter
+    is taken.
 
     Parameters
     ----------

@@ -132,7 +132,6 @@ def test_scorers_are_looked_up_by_name() -> None:
     [
         ({}, True, 4),
         ({}, False, 0),
-        ({"cold_bits": "auto", "dealing": "equal"}, True, 0),
         ({"cold_bits": 0}, True, 0),
         ({"cold_bits": 2}, False, 2),
         ({"cold_bits": 0, "dealing": "equal"}, False, 0),
