@@ -218,7 +218,7 @@ class DeltaMemConfig(BaseModel):
                 scorer = "predictor" if predictor else "tova"
         bits = self.cold_bits
         if bits == AUTO:
-            bits = 4 if cold else 0
+            bits = 4 if cold and self.dealing != "equal" else 0
         return self.model_copy(update={"calibration": calibration or "none", "scorer": scorer, "cold_bits": bits})
 
     @property

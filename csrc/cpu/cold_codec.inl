@@ -40,6 +40,34 @@ struct Range {
 #endif
 };
 
+// The range of two-byte floats, 2 W of them at a time, without widening them. As whole numbers of the same order NaNs
+// lie beyond the infinities: the range itself tells whether there was one.
+template <class T>
+struct Range16 {
+  vs low = vs{} + 0x7fff, high = ~(vs{} + 0x7fff);
+
+  INLINE void see(const T* numbers) {
+    const vs x = ordered(load_raw<vs>(numbers));
+    low = least(x, low);
+    high = most(x, high);
+  }
+  // W of the lanes, the first or the second half.
+  INLINE void read(int half, vf* least, vf* largest) const {
+    vh lows[2], highs[2];
+    std::memcpy(lows, &low, sizeof(low));
+    std::memcpy(highs, &high, sizeof(high));
+    read(lows[half], highs[half], least, largest);
+  }
+  INLINE static void read(vh lows, vh highs, vf* least, vf* largest) {
+    typedef int16_t v __attribute__((vector_size(2 * W)));
+    const int16_t infinity = T::kInfinity;
+    const v low = bits_as<v>(lows), high = bits_as<v>(highs);
+    const v fine = (high <= infinity) & (low >= int16_t(~infinity));
+    *least = widen(T{}, bits_as<vh>(ordered(low) & fine));
+    *largest = widen(T{}, bits_as<vh>(ordered(high) & fine));
+  }
+};
+
 // What codes of a range are made with: rounded to float16 first, so that what is read back is what was coded for.
 struct Step {
   vf zero, scale;
@@ -56,38 +84,34 @@ struct Step {
 
 // Numbers as codes. A scale of 0 (every number is the zero) has only codes 0.
 struct Quantiser {
-  vf zero, step, inverse, top;
+  vf zero, step, inverse, limit;
 
-  INLINE Quantiser(vf zero, vf scale, float levels) : zero(zero), top(splat(levels)) {
+  INLINE Quantiser(vf zero, vf scale, float levels) : zero(zero) {
     const vf none = splat(0.0f), ever = splat(kInfinity);
     step = scale > none ? scale : ever;
     inverse = 1.0f / step;  // 0 for an infinite step
+    limit = levels * step;  // exact: 8 bits times 11
   }
 
-  INLINE Quantiser(vf zero, vf step, vf inverse, vf top) : zero(zero), step(step), inverse(inverse), top(top) {}
+  INLINE Quantiser(vf zero, vf step, vf inverse, vf limit) : zero(zero), step(step), inverse(inverse), limit(limit) {}
 
+  // The code in the lowest bits of every number, above them what the caller cuts off.
   INLINE vu code(vf x) const {
-    // 2^23: the sum has no bits for fractions, is rounded to even, and its low bits are the integer. Clamped before
-    // instead of after: the bounds are integers, so it makes no difference. NaN (infinity * 0) becomes 0.
-    const vf magic = splat(8388608.0f);
-    const vf x0 = x - zero;
+    // Clamped before instead of after rounding: the bounds are integers, so it makes no difference. NaN, which only a
+    // step of infinity brings about, becomes 0.
+    const vf x0 = least(x - zero, limit);
 #if defined(__AVX512F__) || defined(__AVX2__)
-    // Dividing takes longer than all the rest. The product differs from the quotient by less than 256 * 1.5 * 2^-23,
-    // which matters only where it lies that close to the middle between two codes.
-    vf q = least(most(x0 * inverse, vf{}), top);
-#if defined(__AVX512F__)
-    const vf off = _mm512_abs_ps(_mm512_reduce_ps(q, 0));
-    const bool close = _mm512_cmp_ps_mask(off, splat(0.5f - 0x1p-14f), _CMP_GT_OQ) != 0;
+    // Dividing takes longer than all the rest. This is the quotient rounded to the nearest, as division gives it: a
+    // step has 11 bits, so that `left` is exact, and no quotient of 24 by 11 bits lies as close to the middle between
+    // two float32 numbers as what `left * inverse` is off by.
+    const vf about = x0 * inverse;
+    const vf left = less_product(about, step, x0);
+    const vf q = plus_product(left, inverse, about);
 #else
-    const vf off = q - ((q + magic) - magic);
-    const vf size = _mm256_andnot_ps(splat(-0.0f), off);
-    const bool close = _mm256_movemask_ps(_mm256_cmp_ps(size, splat(0.5f - 0x1p-14f), _CMP_GT_OQ)) != 0;
+    const vf q = x0 / step;
 #endif
-    if (__builtin_expect(close, 0)) q = least(most(x0 / step, vf{}), top);
-#else
-    const vf q = least(most(x0 / step, vf{}), top);
-#endif
-    return bits_as<vu>(q + magic) & 255;
+    // 2^23: the sum has no bits for fractions, is rounded to even, and its low bits are the integer.
+    return bits_as<vu>(most(q, vf{}) + splat(8388608.0f));
   }
 };
 
@@ -98,20 +122,38 @@ struct Coding {
   static constexpr float kLevels = float(kMask);
 };
 
+// Least and largest number of N * W neighbouring channels, both 0 where one is NaN.
+template <int N, class T>
+INLINE void key_ranges(const T* keys, int64_t dim, int64_t count, int64_t n, vf* low, vf* high) {
+  if constexpr (N % 2 == 0 && sizeof(T) == 2) {
+    Range16<T> ranges[N / 2];
+    for (int64_t t = 0; t < count; ++t) {
+      for (int i = 0; i < N / 2; ++i) ranges[i].see(keys + t * dim + 2 * i * W);
+    }
+    for (int i = 0; i < N; ++i) ranges[i / 2].read(i % 2, low + i, high + i);
+  } else {
+    Range ranges[N];
+    for (int64_t t = 0; t < count; ++t) {
+      for (int i = 0; i < N; ++i) {
+        const T* at = keys + t * dim + i * W;
+        ranges[i].see(n == N * W ? load(at) : load_part(at, n));
+      }
+    }
+    for (int i = 0; i < N; ++i) {
+      low[i] = ranges[i].without_nan(ranges[i].low);
+      high[i] = ranges[i].without_nan(ranges[i].high);
+    }
+  }
+}
+
 // scale and zero of every key channel into `page`, and as float32 into `scales` and `zeros`.
 template <int Bits, int N, class T>
 INLINE void key_steps(const T* keys, int64_t dim, int64_t count, int64_t n, uint8_t* scale16, uint8_t* zero16,
                       float* scales, float* zeros) {
-  Range ranges[N];
-  for (int64_t t = 0; t < count; ++t) {
-    for (int i = 0; i < N; ++i) {
-      const T* at = keys + t * dim + i * W;
-      ranges[i].see(n == N * W ? load(at) : load_part(at, n));
-    }
-  }
+  vf low[N], high[N];
+  key_ranges<N>(keys, dim, count, n, low, high);
   for (int i = 0; i < N; ++i) {
-    const Range& r = ranges[i];
-    const Step step(r.without_nan(r.low), r.without_nan(r.high), Coding<Bits>::kLevels);
+    const Step step(low[i], high[i], Coding<Bits>::kLevels);
     store(scales + i * W, step.scale);
     store(zeros + i * W, step.zero);
     const vh scale = narrow(f16{}, step.scale), zero = narrow(f16{}, step.zero);
@@ -140,13 +182,16 @@ void encode_keys(const ColdFormat& f, const T* keys, int64_t count, uint8_t* pag
   for (d = 0; d < dim; d += W) {
     const int64_t n = dim - d < W ? dim - d : W;
     const Quantiser quantiser(load(zeros + d), load(scales + d), C::kLevels);
+    const auto code_of = [&](int64_t t) INLINE_LAMBDA {
+      const T* at = keys + t * dim + d;
+      return quantiser.code(n == W ? load(at) : load_part(at, n));
+    };
     for (int64_t i = 0; i < row; ++i) {
       vu packed = {};
-      for (int j = 0; j < C::kParts; ++j) {
-        const int64_t t = i + j * row;
-        if (t >= count) break;
-        const T* at = keys + t * dim + d;
-        packed |= quantiser.code(n == W ? load(at) : load_part(at, n)) << (Bits * j);
+      if (i + (C::kParts - 1) * row < count) {
+        for (int j = 0; j < C::kParts; ++j) packed |= code_of(i + j * row) << (Bits * j);
+      } else {
+        for (int j = 0; j < C::kParts && i + j * row < count; ++j) packed |= code_of(i + j * row) << (Bits * j);
       }
       store_bytes(by_token + i * wide + d, packed);
     }
@@ -182,6 +227,29 @@ INLINE void value_range(const T* token, int64_t dim, float* low, float* high) {
   *high = nan ? 0.0f : most_lane(range.high);
 }
 
+// The same for up to W tokens, a lane each.
+template <class T>
+INLINE void value_ranges(const T* values, int64_t dim, int64_t tokens, vf* low, vf* high) {
+  if constexpr (sizeof(T) == 2) {
+    if (dim >= 2 * W) {
+      int16_t lows[W] = {}, highs[W] = {};
+      for (int64_t k = 0; k < tokens; ++k) {
+        const T* token = values + k * dim;
+        Range16<T> range;
+        for (int64_t d = 0; d + 2 * W <= dim; d += 2 * W) range.see(token + d);
+        if (dim % (2 * W) != 0) range.see(token + dim - 2 * W);  // some of them twice
+        lows[k] = least_lane(range.low);
+        highs[k] = ~least_lane(~range.high);
+      }
+      return Range16<T>::read(load_raw<vh>(lows), load_raw<vh>(highs), low, high);
+    }
+  }
+  float lows[W] = {}, highs[W] = {};
+  for (int64_t k = 0; k < tokens; ++k) value_range(values + k * dim, dim, lows + k, highs + k);
+  *low = load(lows);
+  *high = load(highs);
+}
+
 template <int Bits, class T>
 void encode_values(const ColdFormat& f, const T* values, int64_t count, uint8_t* page) {
   using C = Coding<Bits>;
@@ -189,9 +257,10 @@ void encode_values(const ColdFormat& f, const T* values, int64_t count, uint8_t*
   for (int64_t first = 0; first < count; first += W) {
     // W tokens at a time: their steps are worked out side by side.
     const int64_t tokens = count - first < W ? count - first : W;
-    float low[W] = {}, high[W] = {}, zeros[W], divisors[W], inverses[W];
-    for (int64_t k = 0; k < tokens; ++k) value_range(values + (first + k) * dim, dim, low + k, high + k);
-    const Step steps(load(low), load(high), C::kLevels);
+    float zeros[W], divisors[W], inverses[W], limits[W];
+    vf low, high;
+    value_ranges(values + first * dim, dim, tokens, &low, &high);
+    const Step steps(low, high, C::kLevels);
     const vh scale = narrow(f16{}, steps.scale), zero = narrow(f16{}, steps.zero);
     std::memcpy(page + f.value_scale() + 2 * first, &scale, 2 * tokens);
     std::memcpy(page + f.value_zero() + 2 * first, &zero, 2 * tokens);
@@ -199,8 +268,9 @@ void encode_values(const ColdFormat& f, const T* values, int64_t count, uint8_t*
     store(zeros, all.zero);
     store(divisors, all.step);
     store(inverses, all.inverse);
+    store(limits, all.limit);
     for (int64_t k = 0; k < tokens; ++k) {
-      const Quantiser quantiser(splat(zeros[k]), splat(divisors[k]), splat(inverses[k]), all.top);
+      const Quantiser quantiser(splat(zeros[k]), splat(divisors[k]), splat(inverses[k]), splat(limits[k]));
       const T* token = values + (first + k) * dim;
       uint8_t* to = page + f.value_codes() + (first + k) * row;
       for (int64_t i = 0; i < row; i += W) {
@@ -259,7 +329,9 @@ void decode_keys(const ColdFormat& f, const uint8_t* page, int64_t count, T* key
     }
     const int64_t start = here == 16 ? whole : 0;
     if (start < row) {
-      for (int64_t k = 0; k < here; ++k) std::memcpy(by_channel + k * padded + start, from + k * row + start, row - start);
+      for (int64_t k = 0; k < here; ++k) {
+        std::memcpy(by_channel + k * padded + start, from + k * row + start, row - start);
+      }
       for (int64_t i = start; i < row; i += 16) transpose16(by_channel + i, padded, by_token + i * wide + d, wide);
     }
   }

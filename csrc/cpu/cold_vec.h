@@ -27,15 +27,23 @@ constexpr int W = 4;
 typedef float vf __attribute__((vector_size(4 * W), aligned(4), may_alias));
 typedef int32_t vi __attribute__((vector_size(4 * W)));
 typedef uint32_t vu __attribute__((vector_size(4 * W)));
+typedef int16_t vs __attribute__((vector_size(4 * W)));
 typedef uint16_t vh __attribute__((vector_size(2 * W)));
 typedef uint8_t vb __attribute__((vector_size(W)));
 typedef uint8_t b16 __attribute__((vector_size(16)));
 
 // Packed: what stands in a page of bytes need not be aligned.
-struct __attribute__((packed)) bf16 { uint16_t bits; };
-struct __attribute__((packed)) f16 { uint16_t bits; };
+struct __attribute__((packed)) bf16 {
+  static constexpr int16_t kInfinity = 0x7f80;
+  uint16_t bits;
+};
+struct __attribute__((packed)) f16 {
+  static constexpr int16_t kInfinity = 0x7c00;
+  uint16_t bits;
+};
 
 #define INLINE inline __attribute__((always_inline))
+#define INLINE_LAMBDA __attribute__((always_inline))
 
 template <class To, class From>
 INLINE To bits_as(const From& from) {
@@ -92,6 +100,67 @@ INLINE float least_lane(vf x) {
 
 INLINE float most_lane(vf x) { return -least_lane(-x); }
 
+// Two-byte floats as whole numbers in the same order, and back.
+template <class V>
+INLINE V ordered(V x) {
+  return x ^ ((x >> 15) & int16_t(0x7fff));
+}
+
+INLINE vs least(vs a, vs b) {
+#if defined(__AVX512BW__)
+  return bits_as<vs>(_mm512_min_epi16(bits_as<__m512i>(a), bits_as<__m512i>(b)));
+#elif defined(__AVX2__)
+  return bits_as<vs>(_mm256_min_epi16(bits_as<__m256i>(a), bits_as<__m256i>(b)));
+#else
+  return a < b ? a : b;
+#endif
+}
+
+INLINE vs most(vs a, vs b) {
+#if defined(__AVX512BW__)
+  return bits_as<vs>(_mm512_max_epi16(bits_as<__m512i>(a), bits_as<__m512i>(b)));
+#elif defined(__AVX2__)
+  return bits_as<vs>(_mm256_max_epi16(bits_as<__m256i>(a), bits_as<__m256i>(b)));
+#else
+  return a > b ? a : b;
+#endif
+}
+
+INLINE int16_t least_lane(vs x) {
+#if defined(__AVX2__)
+  __m128i parts[sizeof(vs) / 16];
+  std::memcpy(parts, &x, sizeof(x));
+  __m128i low = parts[0];
+  for (size_t i = 1; i < sizeof(vs) / 16; ++i) low = _mm_min_epi16(low, parts[i]);
+  // The instruction compares numbers without a sign.
+  const __m128i sign = _mm_set1_epi16(int16_t(0x8000));
+  return int16_t(_mm_extract_epi16(_mm_minpos_epu16(_mm_xor_si128(low, sign)), 0) ^ 0x8000);
+#else
+  int16_t low = x[0];
+  for (int i = 1; i < 2 * W; ++i) low = x[i] < low ? x[i] : low;
+  return low;
+#endif
+}
+
+#if defined(__AVX2__)
+// c + a * b and c - a * b, rounded once.
+INLINE vf plus_product(vf a, vf b, vf c) {
+#if defined(__AVX512F__)
+  return _mm512_fmadd_ps(a, b, c);
+#else
+  return _mm256_fmadd_ps(a, b, c);
+#endif
+}
+
+INLINE vf less_product(vf a, vf b, vf c) {
+#if defined(__AVX512F__)
+  return _mm512_fnmadd_ps(a, b, c);
+#else
+  return _mm256_fnmadd_ps(a, b, c);
+#endif
+}
+#endif
+
 // float16 to float32 and back, the latter to the nearest, ties to even; without instructions for it.
 [[maybe_unused]] INLINE float widen_one(uint16_t half) {
   const uint32_t sign = uint32_t(half & 0x8000) << 16, magnitude = half & 0x7fff;
@@ -147,11 +216,11 @@ INLINE vh to_16_bits(vu x) {  // of numbers below 2^16
 #endif
 }
 
-INLINE vb to_8_bits(vu x) {  // of numbers below 2^8
+INLINE vb to_8_bits(vu x) {  // the lowest of each
 #if defined(__AVX512F__)
   return bits_as<vb>(_mm512_cvtepi32_epi8(bits_as<__m512i>(x)));
 #elif defined(__AVX2__)
-  const __m128i words = bits_as<__m128i>(to_16_bits(x));
+  const __m128i words = bits_as<__m128i>(to_16_bits(x & 255));
   return bits_as<vb>(_mm_cvtsi128_si64(_mm_packus_epi16(words, words)));
 #else
   return __builtin_convertvector(x, vb);

@@ -145,12 +145,12 @@ class ColdTables:
     Parameters
     ----------
     shape: ``(L, rows, H)``.
-    max_width: most cold pages of a pair.
-    fixed: allocate all of it at once, so that addresses never change.
+    max_width: cold pages of a pair that there is room for if ``fixed``.
+    fixed: allocate all of it at once, so that addresses never change. Otherwise tables grow as needed.
     """
 
     def __init__(self, shape: tuple[int, int, int], max_width: int, fixed: bool, device: torch.device) -> None:
-        self._max_width = max_width
+        self._max_width = max_width if fixed else None
         self._pages = torch.zeros(*shape, max_width if fixed else min(4, max_width), dtype=torch.int32, device=device)
         self._counts = torch.zeros(shape, dtype=torch.int32, device=device)
 
@@ -160,13 +160,13 @@ class ColdTables:
             self._counts[:, row] = 0
             return
         width = cold.pages.shape[2]
-        if width > self._max_width:
+        if self._max_width is not None and width > self._max_width:
             raise RuntimeError(
                 f"a (layer, kv head) would read {width} cold pages, but there is room for {self._max_width}: as "
                 "many as hold every token of a request of maximal length uncoded"
             )
         if width > self._pages.shape[3]:
-            grown = self._pages.new_zeros(*self._pages.shape[:3], min(max(width, 8), self._max_width))
+            grown = self._pages.new_zeros(*self._pages.shape[:3], max(width, 2 * self._pages.shape[3]))
             grown[..., : self._pages.shape[3]] = self._pages
             self._pages = grown
         self._pages[:, row, :, :width] = cold.pages

@@ -11,7 +11,7 @@ from typing import Any
 from torch import Tensor
 
 from deltamem_vllm.codec.cold_page import LOSS, ColdFormat
-from deltamem_vllm.config import AUTO, DeltaMemConfig
+from deltamem_vllm.config import DeltaMemConfig
 from deltamem_vllm.dealing.cold_tier import ColdTier
 from deltamem_vllm.dealing.pool import PagePool
 from deltamem_vllm.integration.cold_support import HEAD_STEP, MOST_DIM
@@ -74,16 +74,17 @@ def cold_tier(config: DeltaMemConfig, pool: PagePool, hot: PageLayout) -> ColdTi
     ------
     ValueError: cold pages would hold no more tokens than hot ones.
     """
-    if config.cold_bits in (0, AUTO):
+    bits = config.cold_bits
+    if isinstance(bits, str) or not bits:
         return None
-    layout = ColdFormat(config.cold_bits, pool.head_size, pool.flat.shape[1] * pool.flat.element_size())
+    layout = ColdFormat(bits, pool.head_size, pool.flat.shape[1] * pool.flat.element_size())
     if layout.capacity <= pool.block_size:
         raise ValueError(
-            f"a cold page of {config.cold_bits} bits holds {layout.capacity} tokens of {pool.head_size} dimensions, a "
+            f"a cold page of {bits} bits holds {layout.capacity} tokens of {pool.head_size} dimensions, a "
             f"hot page {pool.block_size}: nothing is saved. Use larger blocks (--block-size), fewer bits "
             "(--deltamem-config.cold_bits), or none (0)."
         )
-    loss = LOSS[config.cold_bits] if config.cold_loss is None else config.cold_loss
+    loss = LOSS[bits] if config.cold_loss is None else config.cold_loss
     return ColdTier(layout, loss, pool, hot)
 
 

@@ -30,11 +30,14 @@ from scenarios import (
 )
 from tiny_models import MHA
 
+# What runs contain must not change with a measurement: what a token is taken to lose, which decides what becomes cold.
+LOSS = {8: 0.01, 4: 0.06, 2: 0.3}
+
 
 def cold(base: Scenario, name: str, bits: int, expected: Expected, config: Any = None, **changes: Any) -> Scenario:
     """``base`` with cold pages of ``bits`` bits an element; ``config`` changes its policy."""
     assert base.config is not None, "cold pages need a policy"
-    fields = base.config | {"cold_bits": bits} | (config or {})
+    fields = base.config | {"cold_bits": bits, "cold_loss": LOSS[bits]} | (config or {})
     return replace(base, name=name, config=fields, expected=expected, **changes)
 
 
@@ -126,7 +129,7 @@ COLD_MATRIX: tuple[Scenario, ...] = (
         "runner2-smollm2-cold",
         4,
         Expected(3, cold_made=20),
-        {"scorer": "predictor", "calibration": "auto"},
+        {"scorer": "predictor", "calibration": "auto", "cold_loss": None},
         model="smollm2",
         runner=2,
         max_tokens=(12,),
