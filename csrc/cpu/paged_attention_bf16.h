@@ -20,7 +20,8 @@ struct Pairs {
 inline __m512i row32(const bf16_t* p) { return _mm512_loadu_si512(p); }
 
 inline Pairs interleave(__m512i a, __m512i b) {
-  return {reinterpret_cast<__m512bh>(_mm512_unpacklo_epi16(a, b)), reinterpret_cast<__m512bh>(_mm512_unpackhi_epi16(a, b))};
+  return {reinterpret_cast<__m512bh>(_mm512_unpacklo_epi16(a, b)),
+          reinterpret_cast<__m512bh>(_mm512_unpackhi_epi16(a, b))};
 }
 
 // 16 elements each: pairs in order.
@@ -181,7 +182,9 @@ inline void bf16_hot_values(const AttentionCall& call, Scratch& s, const HotTile
     const bf16_t* weights = s.weights + row * s.stride;
     float* sums = s.sums + row * call.dim;
     int64_t d = 0;
-    for (; call.dim - d >= 32 * kMost; d += 32 * kMost) bf16_values<R, kMost>(tile, d, weights, s.stride, sums, call.dim);
+    for (; call.dim - d >= 32 * kMost; d += 32 * kMost) {
+      bf16_values<R, kMost>(tile, d, weights, s.stride, sums, call.dim);
+    }
     for (; call.dim - d >= 32; d += 32) bf16_values<R, 1>(tile, d, weights, s.stride, sums, call.dim);
     if (d < call.dim) bf16_values<R, 0>(tile, d, weights, s.stride, sums, call.dim);
   });

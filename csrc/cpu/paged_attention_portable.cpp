@@ -4,4 +4,6 @@
 #include "paged_attention_loop.h"
 #include "simd_portable.h"
 
-AttentionKernels attention_portable() { return {scratch_bytes, attend_rows<Float32Loops<Portable>>, finish_rows<Portable>}; }
+AttentionKernels attention_portable() {
+  return {scratch_bytes, attend_rows<Float32Loops<Portable>>, finish_rows<Portable>};
+}

@@ -63,7 +63,8 @@ struct Avx2 {
     const __m256i odd = _mm256_and_si256(_mm256_srli_epi32(bits, 16), _mm256_set1_epi32(1));
     const __m256i rounded = _mm256_add_epi32(_mm256_add_epi32(bits, odd), _mm256_set1_epi32(0x7fff));
     const F nan = _mm256_cmp_ps(x, x, _CMP_UNORD_Q);
-    const F safe = _mm256_blendv_ps(_mm256_castsi256_ps(rounded), _mm256_castsi256_ps(_mm256_set1_epi32(0x7fc00000)), nan);
+    const F quiet = _mm256_castsi256_ps(_mm256_set1_epi32(0x7fc00000));
+    const F safe = _mm256_blendv_ps(_mm256_castsi256_ps(rounded), quiet, nan);
     const __m256i high = _mm256_srli_epi32(_mm256_castps_si256(safe), 16);
     const __m128i low = _mm256_castsi256_si128(high);
     _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm_packus_epi32(low, _mm256_extracti128_si256(high, 1)));
@@ -74,7 +75,9 @@ struct Avx2 {
     std::memcpy(p, all, static_cast<size_t>(n) * sizeof(float));
   }
 
-  static I bytes(const uint8_t* p) { return _mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p))); }
+  static I bytes(const uint8_t* p) {
+    return _mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p)));
+  }
   static I bytes_part(const uint8_t* p, int n) {
     uint8_t all[W] = {};
     std::memcpy(all, p, static_cast<size_t>(n));
@@ -91,7 +94,8 @@ struct Avx2 {
     return _mm256_round_ps(_mm256_max_ps(x, _mm256_set1_ps(-200.0f)), _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
   }
   static F times_two_to(F y, F whole) {
-    const F power = _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_add_epi32(_mm256_cvtps_epi32(whole), _mm256_set1_epi32(127)), 23));
+    const I exponent = _mm256_add_epi32(_mm256_cvtps_epi32(whole), _mm256_set1_epi32(127));
+    const F power = _mm256_castsi256_ps(_mm256_slli_epi32(exponent, 23));
     return _mm256_and_ps(_mm256_mul_ps(y, power), _mm256_cmp_ps(whole, _mm256_set1_ps(-126.0f), _CMP_GE_OQ));
   }
 };

@@ -48,7 +48,9 @@ struct Avx512 {
   static void store_part(float* p, F x, int n) { _mm512_mask_storeu_ps(p, mask(n), x); }
 
   // Bytes, one in the low bits of each lane.
-  static I bytes(const uint8_t* p) { return _mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))); }
+  static I bytes(const uint8_t* p) {
+    return _mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+  }
   static I bytes_part(const uint8_t* p, int n) { return _mm512_cvtepu8_epi32(_mm_maskz_loadu_epi8(mask(n), p)); }
   template <int Bits, int Place>
   static F code(I bytes) {

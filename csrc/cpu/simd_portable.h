@@ -86,7 +86,9 @@ struct Portable {
   static F load(const half_t* p) { return each([=](int i) { return half_to_float(p[i].bits); }); }
   static F load(const bf16_t* p) { return each([=](int i) { return bits_to_float(uint32_t{p[i].bits} << 16); }); }
   static F load_part(const float* p, int n) { return each([=](int i) { return i < n ? p[i] : 0.0f; }); }
-  static F load_part(const half_t* p, int n) { return each([=](int i) { return i < n ? half_to_float(p[i].bits) : 0.0f; }); }
+  static F load_part(const half_t* p, int n) {
+    return each([=](int i) { return i < n ? half_to_float(p[i].bits) : 0.0f; });
+  }
 
   static void store(float* p, F x) { std::memcpy(p, x.x, sizeof(x)); }
   static void store(half_t* p, F x) {

@@ -9,13 +9,15 @@
 #include <cstdint>
 
 struct PartLayout {
-  int64_t base, per_slot, per_dim;
+  int64_t base, per_slot, per_dim, slots;
 };
 
-inline PartLayout part_layout(const int64_t* three) { return {three[0], three[1], three[2]}; }
+// Of what Python hands over: base, per_slot and per_dim of keys, the same of values, slots of a page.
+inline PartLayout key_layout(const int64_t* layout) { return {layout[0], layout[1], layout[2], layout[6]}; }
+inline PartLayout value_layout(const int64_t* layout) { return {layout[3], layout[4], layout[5], layout[6]}; }
 
-// Keys (or values) of `count` tokens -> [count, dim] contiguous. `size`: bytes of an element, 1, 2 or 4. `stride`: bytes
-// from a page to the next.
+// Keys (or values) of `count` tokens -> [count, dim] contiguous. `size`: bytes of an element, 1, 2 or 4. `stride`:
+// bytes from a page to the next.
 void gather_part(int64_t size, int64_t dim, const uint8_t* pool, int64_t stride, const PartLayout& part,
                  const int64_t* page, const int64_t* slot, int64_t count, uint8_t* to);
 
@@ -23,3 +25,8 @@ void gather_part(int64_t size, int64_t dim, const uint8_t* pool, int64_t stride,
 // channel by channel. Two bytes an element. False if this shape has no fast version here.
 bool fill_transposed_avx512(int64_t dim, const uint8_t* pool, int64_t stride, const PartLayout& part, int64_t slots,
                             const int64_t* page, const int64_t* slot, uint8_t* target);
+
+// Some of up to 16 neighbouring slots of one page, keys as above -> rows of `dim` elements, one after the other.
+// `from` is the first of these slots, lanes[k] the place among them of row k's token; dim is a multiple of 16.
+void gather_transposed_avx2(int64_t dim, const uint8_t* from, int64_t per_dim, const uint8_t* lanes, int64_t count,
+                            uint8_t* to);

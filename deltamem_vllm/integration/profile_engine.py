@@ -35,8 +35,8 @@ from deltamem_vllm.scoring.base import Scorer, ScoreView
 class ScoreTap(Scorer):
     """Another scorer, whose scores of one compaction are kept, and beside them what the window attended to.
 
-    Until the first compaction all heads have the same tokens, so each layer is scored in one view. Later ones may score
-    head by head; `recording` is off by then.
+    A layer is scored in one view or in several, a few heads each; until the first compaction all heads have the same
+    tokens. `recording` is off after it.
 
     Parameters
     ----------
@@ -46,9 +46,10 @@ class ScoreTap(Scorer):
     Attributes
     ----------
     utility, attention
-        [H_kv, n] float32 for each layer, of the last time it was scored: the scheduler may have asked for scores before
-        it compacts. Attention is the mean over the window's queries and over the query heads that share a kv head, so
-        each row sums to 1. Utility is what the scorer gave: repeats are discounted, and pages rated, after it.
+        [heads, n] float32 by layer and first kv head of a view, of the last time it was scored: the scheduler may have
+        asked for scores before it compacts. Attention is the mean over the window's queries and over the query heads
+        that share a kv head, so each row sums to 1. Utility is what the scorer gave: repeats are discounted, and pages
+        rated, after it.
     recording
         Whether these are kept.
     """
@@ -58,18 +59,22 @@ class ScoreTap(Scorer):
 
     def __init__(self, scorer: Scorer) -> None:
         self._scorer = scorer
-        # Dealing asks for it; of a class variable, because a scorer's own does not depend on the instance.
+        # Dealing asks for these; of class variables, because a scorer's own do not depend on the instance.
+        self.name = scorer.name  # type: ignore[misc]
         self.comparable = scorer.comparable  # type: ignore[misc]
-        self.utility: dict[int, Tensor] = {}
-        self.attention: dict[int, Tensor] = {}
+        self.profiled = scorer.profiled  # type: ignore[misc]
+        self.lasting = scorer.lasting  # type: ignore[misc]
+        self.utility: dict[tuple[int, int], Tensor] = {}
+        self.attention: dict[tuple[int, int], Tensor] = {}
         self.recording = True
 
     def score(self, view: ScoreView) -> Tensor:
         scores = self._scorer.score(view)
         if self.recording:
             # A copy: on a CPU it would be the scores themselves, which whoever asked may change.
-            self.utility[view.layer] = scores.to("cpu", torch.float32, copy=True)
-            self.attention[view.layer] = view.attention().mean((1, 2)).cpu()
+            part = view.layer, view.first_head
+            self.utility[part] = scores.to("cpu", torch.float32, copy=True)
+            self.attention[part] = view.attention().mean((1, 2)).cpu()
         return scores
 
 
@@ -87,6 +92,9 @@ class Session:
         self._tap = ScoreTap(compactor.scorers[self._scheduler.deltamem_config.scorer])
         compactor.scorers = {self._scheduler.deltamem_config.scorer: self._tap}
         compactor.on_compaction = self._on_compaction
+        compactor.on_coded = self._on_coded
+        self._take_cold = compactor.take_cold
+        compactor.take_cold = self._watched_take_cold
         self._schedule = self._scheduler.schedule
         self._scheduler.schedule = self._watched_schedule
         self._steps: list[dict[str, Any]] = []
@@ -115,6 +123,7 @@ class Session:
             "comparable_scores": self._tap.comparable,
             "calibration": None if calibration is None else calibration.card.fingerprint,
         }
+        self.facts["cold"] = self._cold_facts()
 
     def run(self, prompt: list[int], output_tokens: int, arrays: str) -> dict[str, Any]:
         """Serve the prompt and return the recording; its arrays go to the file `arrays`."""
@@ -140,19 +149,31 @@ class Session:
             request = self._scheduler.requests[request_id]
             compacts = bool(output.deltamem.compactions)
             prefills = request.num_computed_tokens <= request.num_prompt_tokens
-            levels = self._scheduler.deltamem_stats()["totals"]["levels"]
             self._steps.append(
                 {
                     "kind": "compaction" if compacts else "prefill" if prefills else "decode",
                     "new_tokens": scheduled,
-                    "logical_tokens": levels["logical_tokens"],
-                    "resident_tokens": levels["resident_tokens"],
-                    "logical_bytes": levels["logical_bytes"],
-                    "tier_bytes": levels["tier_bytes"],
                     "blocks": len(self._manager.req_to_blocks[request_id]),
+                    **self._levels(),
                 }
             )
         return output
+
+    def _levels(self) -> dict[str, Any]:
+        levels = self._scheduler.deltamem_stats()["totals"]["levels"]
+        return {name: levels[name] for name in _LEVELS}
+
+    def _watched_take_cold(self) -> dict[str, Any]:
+        """Correct the levels of a step that compacts, once its worker knows which pages are cold.
+
+        The scheduler is told here already: it hears of it when the step is over, and may then let go of the request in
+        the same breath.
+        """
+        held: dict[str, Any] = self._take_cold()
+        if held:
+            self._manager.take_cold(held)
+            self._steps[-1].update(self._levels())
+        return held
 
     def _on_compaction(self, plan: CompactionPlan, survivors: list[list[Tensor]]) -> None:
         if not self._compactions:
@@ -162,10 +183,7 @@ class Session:
         # The scheduler has noted the step before the worker gets to it.
         step = len(self._steps) - 1
         number = len(self._compactions)
-        # Heads may keep different numbers: one list after the other, and how long each is.
-        flat = torch.cat([head for heads in survivors for head in heads])
-        self._arrays[f"survivors_{number}"] = flat.cpu().numpy().astype(np.int32)
-        self._arrays[f"counts_{number}"] = np.array([[len(head) for head in heads] for heads in survivors])
+        self._store(f"survivors_{number}", [head for heads in survivors for head in heads], survivors)
         fields = asdict(plan)
         counts = {name: len(fields.pop(f"{name}_blocks")) for name in ("source", "target")}
         del fields["request_id"], fields["blocks_after"]

@@ -8,10 +8,14 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
+
 from deltamem_vllm.config import ConfigError, DeltaMemConfig
-from deltamem_vllm.evaluation.profile.analysis import deal, equal_split, held_mass
-from deltamem_vllm.evaluation.profile.document import Dealt, Profile, encode_utility
+from deltamem_vllm.evaluation.profile.analysis import deal, equal_split
+from deltamem_vllm.evaluation.profile.dealt import Dealt
+from deltamem_vllm.evaluation.profile.document import Profile, encode_utility
 from deltamem_vllm.evaluation.profile.errors import ProfileError
+from deltamem_vllm.evaluation.profile.held import held_after
 from deltamem_vllm.evaluation.profile.recording import Recording
 from deltamem_vllm.memory.budgets import budget_for, cdiv
 from deltamem_vllm.request_options import RequestOptions
@@ -111,26 +115,30 @@ def assemble(
         counters=recording.counters,
         codes=codes,
         scale=scale,
-        dealt=shares(recording),
+        dealt=shares(recording, engine["block_tokens"]),
     )
 
 
-def shares(recording: Recording) -> dict[str, Dealt]:
-    """What the first compaction gave each layer and head, and what the same memory would be in other hands."""
+def shares(recording: Recording, block_tokens: int) -> dict[str, Dealt]:
+    """What the first compaction left each layer and head, and what the same memory would be in other hands.
+
+    Parameters
+    ----------
+    block_tokens
+        Exact tokens of a page.
+    """
     first = recording.compactions[0]
     sizes = (first.facts["keep"], first.facts["sink_tokens"], first.facts["recent_tokens"])
-    held = {
-        "done": first.survivors.mask(first.facts["resident_before"]),
+    utility = recording.utility if bool((recording.utility >= 0).all()) else None
+    others = {
         "equal": equal_split(recording.utility, *sizes),
         "by_utility": deal(recording.utility, *sizes),
         "by_attention": deal(recording.attention, *sizes),
     }
-    is_amount = bool((recording.utility >= 0).all())
-    return {
-        name: Dealt(
-            tokens=mask.sum(2),
-            attention_mass=held_mass(recording.attention, mask),
-            utility_mass=held_mass(recording.utility, mask) if is_amount else None,
-        )
-        for name, mask in held.items()
+    held, tokens = held_after([first], block_tokens)[0], recording.utility.shape[2]
+    memory = held.exact.counts + held.sizes.counts * block_tokens
+    done = Dealt.of(held.exact.mask(tokens), held.coded.mask(tokens), memory, recording.attention, utility)
+    return {"done": done} | {
+        name: Dealt.of(mask, np.zeros_like(mask), mask.sum(2), recording.attention, utility)
+        for name, mask in others.items()
     }

@@ -9,7 +9,8 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from deltamem_vllm.evaluation.profile.document import Dealt, Profile
+from deltamem_vllm.evaluation.profile.dealt import Dealt
+from deltamem_vllm.evaluation.profile.document import Profile
 from deltamem_vllm.evaluation.profile.meaning import meaning_of
 
 
@@ -20,7 +21,7 @@ class Comparison:
     Parameters
     ----------
     equal, dealt
-        The same number of tokens, shared out.
+        The same memory, shared out; of the two, only what is dealt can be coded in part.
     done
         Whether `dealt` is what the engine did; else it did `equal`.
     basis
@@ -38,7 +39,7 @@ class Comparison:
     @property
     def ratio(self) -> NDArray[np.float64]:
         """[L, H_kv] memory of a head if dealt, over its equal share."""
-        return self.dealt.tokens / self.equal.tokens
+        return self.dealt.memory / self.equal.memory
 
 
 def comparison_of(profile: Profile) -> Comparison:
@@ -63,6 +64,12 @@ def budget_words(profile: Profile) -> str:
     if policy["keep_tokens"] is not None:
         return f"keep_tokens {policy['keep_tokens']:,}"
     return f"keep_ratio {policy['keep_ratio']:g}"
+
+
+def cold_words(profile: Profile) -> str:
+    """What a coded token and a cold page are; empty where no page can be cold."""
+    cold = profile.engine["cold"]
+    return "" if cold is None else f"{cold['bits']} bits, up to {cold['page_tokens']:,} to a page"
 
 
 def _basis(profile: Profile) -> str:

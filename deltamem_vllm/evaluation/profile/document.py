@@ -17,25 +17,16 @@ from typing import Any, TypedDict
 import numpy as np
 from numpy.typing import NDArray
 
+from deltamem_vllm.evaluation.profile import compaction_json
+from deltamem_vllm.evaluation.profile.dealt import Dealt
 from deltamem_vllm.evaluation.profile.errors import ProfileError
-from deltamem_vllm.evaluation.profile.packing import (
-    Scale,
-    from_codes,
-    from_run_lengths,
-    run_lengths,
-    to_codes,
-    utility_scale,
-)
+from deltamem_vllm.evaluation.profile.held import Held, held_after, lengths_before
+from deltamem_vllm.evaluation.profile.packing import Scale, from_codes, to_codes, utility_scale
 from deltamem_vllm.evaluation.profile.ragged import Ragged
-from deltamem_vllm.evaluation.profile.recording import (
-    Compaction,
-    Step,
-    lengths_before,
-    positions_after,
-)
+from deltamem_vllm.evaluation.profile.recording import Compaction, Step
 
 FORMAT = "deltamem-profile"
-VERSION = 2
+VERSION = 3
 
 
 class Mark(TypedDict):
@@ -44,25 +35,6 @@ class Mark(TypedDict):
     name: str
     start: int
     stop: int
-
-
-@dataclass(frozen=True)
-class Dealt:
-    """One way to deal the memory of the first compaction to layers and heads.
-
-    Parameters
-    ----------
-    tokens
-        [L, H_kv] tokens that each holds.
-    attention_mass
-        [L, H_kv] share of the window's attention on those tokens, 0 to 1.
-    utility_mass
-        The same of the utility; None where utilities are no amounts (negative ones, or indices).
-    """
-
-    tokens: NDArray[np.int64]
-    attention_mass: NDArray[np.float64]
-    utility_mass: NDArray[np.float64] | None
 
 
 @dataclass(frozen=True)
@@ -84,8 +56,8 @@ class Profile:
     codes, scale
         [L, H_kv, n] utilities at the first compaction, see `packing`.
     dealt
-        `done` is what the engine did, the others deal the same number of tokens: `equal` the same to every head,
-        `by_utility` and `by_attention` by one ranking over all layers and heads.
+        `done` is what the engine did, the others deal the same memory to exact tokens only: `equal` the same to every
+        head, `by_utility` and `by_attention` by one ranking over all layers and heads.
     """
 
     conditions: Mapping[str, Any]
@@ -119,20 +91,49 @@ class Profile:
         """[L, H_kv, n] as the scorer gave it, to the precision of the codes."""
         return from_codes(self.codes, self.scale)
 
+    @property
+    def tiered(self) -> bool:
+        """Whether pages could be cold."""
+        return any(compaction.coded is not None for compaction in self.compactions)
+
+    @property
+    def block_tokens(self) -> int:
+        """Exact tokens of a block, and of a page."""
+        return int(self.engine["block_tokens"])
+
+    @cached_property
+    def held(self) -> Sequence[Held]:
+        """Logical positions of what each (layer, kv head) held after each compaction, exactly and coded."""
+        return held_after(self.compactions, self.block_tokens)
+
     @cached_property
     def positions_at_end(self) -> Ragged:
-        """Of each (layer, kv head), logical positions of the tokens that were resident after the last step."""
+        """Of each (layer, kv head), logical positions of the exact tokens after the last step."""
         since = int(self.compactions[-1].facts["logical_len"])
-        return positions_after(self.compactions)[-1].followed_by(since, self.steps[-1]["logical_tokens"])
+        return self.held[-1].exact.followed_by(since, self.steps[-1]["logical_tokens"])
 
     @cached_property
-    def held_at_end(self) -> NDArray[np.bool_]:
-        """[L, H_kv, tokens] whether a token was resident after the last step."""
+    def exact_at_end(self) -> NDArray[np.bool_]:
+        """[L, H_kv, tokens] whether a token was there exactly after the last step."""
         return self.positions_at_end.mask(self.steps[-1]["logical_tokens"])
 
+    @cached_property
+    def coded_at_end(self) -> NDArray[np.bool_]:
+        """[L, H_kv, tokens] whether a token was there coded after the last step."""
+        return self.held[-1].coded.mask(self.steps[-1]["logical_tokens"])
+
+    def hot_pages(self, compaction: int) -> NDArray[np.int64]:
+        """[L, H_kv] pages of exact tokens that one compaction left each head; the last may be part empty."""
+        return -(-self.compactions[compaction].survivors.counts // self.block_tokens)
+
+    def cold_pages(self, compaction: int) -> NDArray[np.int64]:
+        """[L, H_kv] pages of coded tokens, new ones and old ones, that one compaction left each head."""
+        coded = self.compactions[compaction].coded
+        return np.zeros_like(self.hot_pages(compaction)) if coded is None else coded.pages
+
     def pages(self, compaction: int) -> NDArray[np.int64]:
-        """[L, H_kv] pages that one compaction gave each head; the last page of a head may be part empty."""
-        return -(-self.compactions[compaction].survivors.counts // int(self.engine["block_tokens"]))
+        """[L, H_kv] pages that one compaction left each head, hot and cold."""
+        return self.hot_pages(compaction) + self.cold_pages(compaction)
 
     def to_json(self) -> dict[str, Any]:
         """As plain values."""
@@ -145,17 +146,12 @@ class Profile:
             "counters": dict(self.counters),
             "steps": {field: [step[field] for step in self.steps] for field in Step.__annotations__},  # type: ignore[literal-required]
             "compactions": [
-                {**compaction.facts, "survivors": _as_runs(compaction.survivors, lengths)}
-                for compaction, lengths in zip(self.compactions, lengths_before(self.compactions), strict=True)
+                compaction_json.to_json(compaction, lengths)
+                for compaction, lengths in zip(
+                    self.compactions, lengths_before(self.compactions, self.block_tokens), strict=True
+                )
             ],
-            "dealt": {
-                name: {
-                    "tokens": one.tokens.tolist(),
-                    "attention_mass": _rounded(one.attention_mass),
-                    "utility_mass": None if one.utility_mass is None else _rounded(one.utility_mass),
-                }
-                for name, one in self.dealt.items()
-            },
+            "dealt": {name: one.to_json() for name, one in self.dealt.items()},
             "utility": {"scale": dict(self.scale), "codes": self.codes.tolist()},
         }
 
@@ -170,15 +166,8 @@ class Profile:
             prompt=data["prompt"],
             counters=data["counters"],
             steps=[Step(**dict(zip(Step.__annotations__, row, strict=True))) for row in rows],  # type: ignore[typeddict-item]
-            compactions=[_compaction(one) for one in data["compactions"]],
-            dealt={
-                name: Dealt(
-                    np.array(one["tokens"]),
-                    np.array(one["attention_mass"]),
-                    None if one["utility_mass"] is None else np.array(one["utility_mass"]),
-                )
-                for name, one in data["dealt"].items()
-            },
+            compactions=[compaction_json.from_json(one) for one in data["compactions"]],
+            dealt={name: Dealt.from_json(one) for name, one in data["dealt"].items()},
             scale=data["utility"]["scale"],
             codes=np.array(data["utility"]["codes"], dtype=np.int16),
         )
@@ -224,20 +213,3 @@ def read_profile(path: Path) -> Profile:
     except (KeyError, TypeError, ValueError, IndexError) as error:
         raise ProfileError(f"{path} is damaged ({type(error).__name__}: {error}); {again}") from error
     return profile
-
-
-def _compaction(data: Mapping[str, Any]) -> Compaction:
-    facts = {name: value for name, value in data.items() if name != "survivors"}
-    return Compaction(facts, Ragged.of([[from_run_lengths(head) for head in layer] for layer in data["survivors"]]))
-
-
-def _as_runs(survivors: Ragged, lengths: NDArray[np.int64]) -> list[list[list[int]]]:
-    return [
-        [run_lengths(head, int(lengths[number, i])) for i, head in enumerate(layer)]
-        for number, layer in enumerate(survivors.layers())
-    ]
-
-
-def _rounded(values: NDArray[np.float64]) -> list[Any]:
-    rounded: list[Any] = np.round(values, 5).tolist()
-    return rounded

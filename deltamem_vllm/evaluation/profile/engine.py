@@ -13,7 +13,7 @@ import numpy as np
 
 from deltamem_vllm.evaluation.child import ChildFailed
 from deltamem_vllm.evaluation.profile.ragged import Ragged
-from deltamem_vllm.evaluation.profile.recording import Compaction, Recording
+from deltamem_vllm.evaluation.profile.recording import Coded, Compaction, Recording
 from deltamem_vllm.evaluation.stepped_engine import SteppedEngine
 
 
@@ -40,7 +40,7 @@ class Engine(SteppedEngine):
                 return Recording(
                     steps=answer["steps"],
                     compactions=[
-                        Compaction(facts, Ragged(stored[f"survivors_{i}"], stored[f"counts_{i}"]))
+                        Compaction(facts, _ragged(stored, f"survivors_{i}"), _coded(stored, i))
                         for i, facts in enumerate(answer["compactions"])
                     ],
                     utility=stored["utility"],
@@ -48,6 +48,16 @@ class Engine(SteppedEngine):
                     written=answer["written"],
                     counters=answer["counters"],
                 )
+
+
+def _ragged(stored: Mapping[str, Any], name: str) -> Ragged:
+    return Ragged(stored[name], stored[f"{name}_counts"])
+
+
+def _coded(stored: Mapping[str, Any], compaction: int) -> Coded | None:
+    """What a compaction coded; None if it could not."""
+    names = [f"{part}_{compaction}" for part in ("coded", "sizes", "stay")]
+    return Coded(*(_ragged(stored, name) for name in names)) if names[0] in stored else None
 
 
 def engine_args(

@@ -21,8 +21,10 @@ class Step(TypedDict):
     """One engine step; levels are those at its end, its new tokens included.
 
     `kind` is `compaction` for a step that compacts the request before it computes its `new_tokens`.
-    Tokens are nominal: where pages were dealt, a mean over all (layer, kv head); bytes and blocks are exact.
-    `logical_bytes` is what the request would hold if nothing were evicted, `tier_bytes` what it holds.
+    `resident_tokens` is nominal: where pages were dealt, a mean over all (layer, kv head) of what their pages would hold
+    uncoded. `cold_tokens` is how many tokens a pair holds coded, a mean rounded down; bytes and blocks are exact.
+    `logical_bytes` is what the request would hold if nothing were evicted, `tier_bytes` what it holds: `hot` in pages
+    of exact tokens, `cold` in pages of coded ones.
     """
 
     kind: Kind
@@ -31,7 +33,44 @@ class Step(TypedDict):
     resident_tokens: int
     logical_bytes: int
     tier_bytes: dict[str, int]
+    cold_tokens: int
     blocks: int
+
+
+@dataclass(frozen=True)
+class Coded:
+    """What one compaction coded, and which cold pages it left.
+
+    Parameters
+    ----------
+    tokens
+        Of each (layer, kv head), indices into its own exact tokens before the compaction, of those that it coded: one
+        new page after the other, ascending within each.
+    sizes
+        Of each, the tokens of each of its new pages.
+    stay
+        Of each, the numbers of those of its cold pages that stay. Pages are numbered from 0: those that the compaction
+        before had made, then those that stayed in it.
+
+    Raises
+    ------
+    ValueError
+        The sizes do not add up to the tokens.
+    """
+
+    tokens: Ragged
+    sizes: Ragged
+    stay: Ragged
+
+    def __post_init__(self) -> None:
+        held = [[int(pages.sum()) for pages in layer] for layer in self.sizes.layers()]
+        if not np.array_equal(held, self.tokens.counts):
+            raise ValueError("the tokens of a head's new cold pages do not add up to those that it coded")
+
+    @property
+    def pages(self) -> NDArray[np.int64]:
+        """[L, H_kv] cold pages after the compaction."""
+        return self.sizes.counts + self.stay.counts
 
 
 @dataclass(frozen=True)
@@ -43,13 +82,18 @@ class Compaction:
     facts
         Fields of the scheduler's plan (see `memory.plans.CompactionPlan`) with blocks as counts, and `step`, the
         index of its step.
-        Its token counts are nominal: where pages were dealt, a mean over all (layer, kv head).
+        Its token counts are nominal: where pages were dealt, a mean over all (layer, kv head) of what their pages would
+        hold uncoded.
     survivors
-        Of each (layer, kv head), indices into its own resident tokens before the compaction, ascending.
+        Of each (layer, kv head), indices into its own exact tokens before the compaction, ascending: those that stay
+        exact.
+    coded
+        What became and stayed coded; None where no page can be cold.
     """
 
     facts: Mapping[str, Any]
     survivors: Ragged
+    coded: Coded | None = None
 
 
 @dataclass(frozen=True)
@@ -78,51 +122,3 @@ class Recording:
     attention: Floats
     written: Sequence[int]
     counters: Mapping[str, Any]
-
-
-def lengths_before(compactions: Sequence[Compaction]) -> list[NDArray[np.int64]]:
-    """Resident tokens of each (layer, kv head) when each compaction began, [L, H_kv].
-
-    Between two compactions every head gains the same new tokens.
-
-    Raises
-    ------
-    ValueError
-        They do not average to what the scheduler counted.
-    """
-    found: list[NDArray[np.int64]] = []
-    for number, compaction in enumerate(compactions):
-        logical = int(compaction.facts["logical_len"])
-        if number:
-            before = compactions[number - 1]
-            lengths = before.survivors.counts + (logical - int(before.facts["logical_len"]))
-        else:
-            lengths = np.full_like(compaction.survivors.counts, logical)
-        if int(lengths.sum()) != lengths.size * compaction.facts["resident_before"]:
-            raise ValueError(
-                f"compaction {number} started from {compaction.facts['resident_before']} resident tokens, but "
-                f"{lengths.mean():g} follow from those before it"
-            )
-        found.append(lengths)
-    return found
-
-
-def positions_after(compactions: Sequence[Compaction]) -> list[Ragged]:
-    """Logical positions of the survivors of each compaction, ascending in each (layer, kv head).
-
-    Raises
-    ------
-    ValueError
-        Survivors that cannot follow from those of the compaction before.
-    """
-    lengths_before(compactions)
-    found: list[Ragged] = []
-    for number, compaction in enumerate(compactions):
-        logical = int(compaction.facts["logical_len"])
-        if number:
-            resident = found[-1].followed_by(int(compactions[number - 1].facts["logical_len"]), logical)
-        else:
-            nothing = Ragged(np.zeros(0, dtype=np.int32), np.zeros_like(compaction.survivors.counts))
-            resident = nothing.followed_by(0, logical)
-        found.append(resident.of_these(compaction.survivors))
-    return found
