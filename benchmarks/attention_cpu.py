@@ -2,7 +2,7 @@
 # SPDX-FileCopyrightText: Copyright contributors to the deltamem project
 """Attention on CPU: ours over hot and cold pages, vLLM's own kernel on equal hot work, and what the memory gives.
 
-    python benchmarks/attention_cpu.py [--threads 1 2] [--rounds 7] [--dim 64] [--group 3] [--isa avx512]
+    python benchmarks/attention_cpu.py [--threads 1 2] [--rounds 7] [--dim 64] [--group 3] [--markdown FILE]
 
 Every round times each side once, in turn; shown are medians. A side reads several copies of its pages in turn, more
 than the caches hold, as the layers of a model do. GB/s are of what must be read once: hot tokens, or whole cold pages.
@@ -14,10 +14,12 @@ import argparse
 import statistics
 import time
 from collections.abc import Callable
+from pathlib import Path
 
 import torch
+from report import Report
 
-from deltamem_vllm.evaluation.machine import command_line, describe_machine
+from deltamem_vllm.ops import native
 from deltamem_vllm.ops.inputs_attention import AttentionCase, make_attention
 from deltamem_vllm.ops.paged_attention import paged_attention
 
@@ -26,11 +28,16 @@ MIB_PER_SIDE = 160  # several times a cache of the last level
 
 def main() -> None:
     args = parse()
-    print(f"{command_line()}\n{describe_machine()}\ntorch {torch.__version__}, {vars(args)}")
+    out = Report("Attention on a CPU", (__doc__ or "").strip().split("\n\n")[-1], args.markdown)
+    out.add(
+        f"\nHeads of {args.dim} dims, {args.group} query heads for each kv head, blocks of {args.block} tokens, "
+        f"bfloat16, keys transposed, {args.isa or native.isa()}, medians of {args.rounds} rounds."
+    )
     for threads in args.threads:
         torch.set_num_threads(threads)
         for title, cases in scenes(args).items():
-            report(title, cases, threads, args)
+            report(title, cases, threads, args, out)
+    out.close()
 
 
 def scenes(args: argparse.Namespace) -> dict[str, dict[str, AttentionCase]]:
@@ -60,7 +67,7 @@ def scenes(args: argparse.Namespace) -> dict[str, dict[str, AttentionCase]]:
     }
 
 
-def report(title: str, cases: dict[str, AttentionCase], threads: int, args: argparse.Namespace) -> None:
+def report(title: str, cases: dict[str, AttentionCase], threads: int, args: argparse.Namespace, out: Report) -> None:
     sides: dict[str, tuple[Callable[[], None], int]] = {}
     for name, case in cases.items():
         copies = [case] + [
@@ -82,16 +89,16 @@ def report(title: str, cases: dict[str, AttentionCase], threads: int, args: argp
     median = {name: statistics.median(taken[1:]) for name, taken in seconds.items()}
     speed = {name: sides[name][1] / median[name] / 1e9 for name in sides}
     stock = median["vLLM's kernel"] / sides["vLLM's kernel"][1] * cases["hot"].bytes_read
-    print(f"\n{title}, {threads} thread(s)\n")
-    print("| side | GB/s | of reading | ms a call | vLLM's time / this |\n| --- | ---: | ---: | ---: | ---: |")
+    out.add(f"\n## {title[0].upper()}{title[1:]}, {threads} thread(s)\n")
+    out.add("| side | GB/s | of reading | ms a call | vLLM's time / this |\n| --- | ---: | ---: | ---: | ---: |")
     for name in sides:
         share = f"{speed[name] / speed['only reading']:.0%}"
         if name == "only reading":
-            print(f"| {name} | {speed[name]:.1f} | {share} | | |")
+            out.add(f"| {name} | {speed[name]:.1f} | {share} | | |")
             continue
         size = cases[name.removeprefix("ours, ")].bytes_read if name.startswith("ours") else cases["hot"].bytes_read
         call = median[name] / sides[name][1] * size
-        print(f"| {name} | {speed[name]:.1f} | {share} | {call * 1e3:.2f} | {stock / call:.2f} |")
+        out.add(f"| {name} | {speed[name]:.1f} | {share} | {call * 1e3:.2f} | {stock / call:.2f} |")
 
 
 def our_side(cases: list[AttentionCase], isa: str | None) -> Callable[[], None]:
@@ -158,6 +165,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--block", type=int, default=32, help="tokens of a hot page")
     parser.add_argument("--isa", help="use no more than scalar, avx2, avx512 or avx512bf16")
     parser.add_argument("--small", action="store_true", help="one copy of each side: what the caches give")
+    parser.add_argument("--markdown", type=Path, metavar="FILE", help="write the report to a file, too")
     return parser.parse_args()
 
 

@@ -6,7 +6,7 @@ Bytes are what an operation must read and write at least once: the tokens that a
 part of their pages. The ceiling is memcpy of half as many (it reads and writes each) by the same threads. All versions
 take turns, so that a noisy machine is noisy for all; figures are medians.
 
-    .venv/bin/python benchmarks/native_cpu.py [--threads 2] [--isa avx2] [--bits 4]
+    .venv/bin/python benchmarks/native_cpu.py [--threads 2] [--isa avx2] [--bits 4] [--markdown FILE]
 """
 
 from __future__ import annotations
@@ -16,11 +16,12 @@ import statistics
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
+from report import Report
 
 from deltamem_vllm.codec.cold_codec import decode_pages, encode_pages
-from deltamem_vllm.evaluation.machine import command_line, describe_machine
 from deltamem_vllm.ops import native
 from deltamem_vllm.ops.cold import decode_delta, encode_delta, encode_from
 from deltamem_vllm.ops.dealt_pages import DealtPages
@@ -40,16 +41,22 @@ class Case:
 
 def main() -> None:
     args = parse()
-    torch.set_num_threads(args.threads)
-    with native.using_isa(args.isa or native.isa()):
-        print(f"{command_line()}\n{describe_machine()}\n{args.threads} thread(s), {native.isa()}, {vars(args)}\n")
-        print(f"| {'operation':36} | MB   | GB/s | of memcpy | torch GB/s | times torch |")
-        print(f"|{'-' * 38}|{'-' * 6}|{'-' * 6}|{'-' * 11}|{'-' * 12}|{'-' * 13}|")
-        for case in [*cold_cases(args), *move_cases(args)]:
-            report(case, args.rounds)
+    out = Report("Codecs and moves on a CPU", (__doc__ or "").split("\n\n")[1], args.markdown)
+    for threads in args.threads:
+        torch.set_num_threads(threads)
+        with native.using_isa(args.isa or native.isa()):
+            out.add(
+                f"\n## {threads} thread(s), {native.isa()}\n\nHeads of {args.dim} dims, blocks of {args.block} tokens, "
+                f"bfloat16, {args.mebibytes} MiB of tokens in each operation, medians of {args.rounds} rounds.\n"
+            )
+            out.add(f"| {'operation':36} | MB   | GB/s | of memcpy | torch GB/s | times torch |")
+            out.add("| :--- | ---: | ---: | ---: | ---: | ---: |")
+            for case in [*cold_cases(args), *move_cases(args)]:
+                report(case, args.rounds, out)
+    out.close()
 
 
-def report(case: Case, rounds: int) -> None:
+def report(case: Case, rounds: int, out: Report) -> None:
     source = torch.randint(0, 255, (case.moved // 2,), dtype=torch.uint8)
     target = torch.empty_like(source)
     turns = {"ours": case.ours, "copy": lambda: target.copy_(source), "torch": case.torchs}
@@ -61,10 +68,9 @@ def report(case: Case, rounds: int) -> None:
             if turn:  # the first touches fresh memory
                 seconds[name].append(time.perf_counter() - began)
     ours, copy, torchs = (case.moved / statistics.median(seconds[name]) / 1e9 for name in turns)
-    print(
+    out.add(
         f"| {case.name:36} | {case.moved / 1e6:4.0f} | {ours:4.1f} | {ours / copy:9.0%} | {torchs:10.2f} "
-        f"| {ours / torchs:11.1f} |",
-        flush=True,
+        f"| {ours / torchs:11.1f} |"
     )
 
 
@@ -165,7 +171,7 @@ def move_cases(args: argparse.Namespace) -> list[Case]:
 
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--threads", type=int, nargs="+", default=[1])
     parser.add_argument("--isa", choices=native.ISAS, help="default: the best there is")
     parser.add_argument("--bits", type=int, nargs="+", default=[8, 4, 2])
     parser.add_argument("--dim", type=int, default=64)
@@ -174,6 +180,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--mebibytes", type=int, default=64, help="of tokens in each operation")
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--markdown", type=Path, metavar="FILE", help="write the report to a file, too")
     return parser.parse_args()
 
 

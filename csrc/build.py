@@ -18,6 +18,7 @@ import concurrent.futures
 import hashlib
 import os
 import platform
+import re
 import shlex
 import shutil
 import subprocess
@@ -93,14 +94,13 @@ def build(output: Path, work: Path, *, strict: bool = False, sanitize: bool = Fa
     subprocess.CalledProcessError: compiling failed.
     """
     command = [*compiler(), *COMMON, *(STRICT if strict else []), *(SANITIZE if sanitize else [])]
-    shared = b"".join(path.read_bytes() for path in sorted(SOURCES.iterdir()) if path.suffix in (".h", ".inl"))
     work.mkdir(parents=True, exist_ok=True)
     jobs: dict[Path, list[str]] = {}
     for source in sorted(SOURCES.glob("*.cpp")):
         flags = machine_flags(source, platform.machine())
         if flags is not None:
             own = [*command, *flags, "-c", str(source)]
-            key = hashlib.sha256(" ".join(own).encode() + shared + source.read_bytes()).hexdigest()[:16]
+            key = hashlib.sha256(b"\0".join([" ".join(own).encode(), *_text_of(source)])).hexdigest()[:16]
             jobs[work / f"{source.stem}.{key}.o"] = own
     missing = {object_: own for object_, own in jobs.items() if not object_.exists()}
     with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as threads:
@@ -114,6 +114,18 @@ def build(output: Path, work: Path, *, strict: bool = False, sanitize: bool = Fa
     _call([*link, *(["-fsanitize=address,undefined"] if sanitize else [])])
     os.replace(fresh, output)
     return output
+
+
+def _text_of(source: Path) -> list[bytes]:
+    """What the file and all files of this folder that it includes, directly or not, say."""
+    texts: dict[str, bytes] = {}
+    wanted = [source.name]
+    while wanted:
+        name = wanted.pop()
+        if name not in texts and (SOURCES / name).is_file():
+            texts[name] = (SOURCES / name).read_bytes()
+            wanted += re.findall(r'^#include "([^"]+)"', texts[name].decode(), re.MULTILINE)
+    return [texts[name] for name in sorted(texts)]
 
 
 def _compile(job: tuple[Path, list[str]]) -> None:

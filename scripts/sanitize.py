@@ -19,6 +19,8 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 TESTS = ("test_cold_ops.py", "test_gather_native.py", "test_dealt_pages.py", "test_paged_attention.py")
+# Of a property: sanitizers look for what any shape does, the ordinary tests for what only a rare one does.
+MOST_EXAMPLES = 10
 
 
 def main() -> None:
@@ -29,12 +31,24 @@ def main() -> None:
         "LD_PRELOAD": " ".join(runtimes),
         "DELTAMEM_NATIVE_LIBRARY": str(Path(library).resolve()),
         # What Python and torch keep until their end is no leak of ours.
-        "ASAN_OPTIONS": "detect_leaks=0:abort_on_error=0:halt_on_error=1",
+        "ASAN_OPTIONS": "detect_leaks=0:abort_on_error=0:halt_on_error=1:quarantine_size_mb=64",
         "UBSAN_OPTIONS": "print_stacktrace=1:halt_on_error=1",
         "PYTHONMALLOC": "malloc",
+        "DELTAMEM_MOST_EXAMPLES": os.environ.get("DELTAMEM_MOST_EXAMPLES", str(MOST_EXAMPLES)),
+        "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "2"),
     }
     tests = [str(path) for name in TESTS if (path := ROOT / "tests" / "unit" / name).exists()]
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-x", *(arguments or tests)]
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "-q",
+        "-p",
+        "no:cacheprovider",
+        "-x",
+        "--capture=sys",
+        *(arguments or tests),
+    ]
     sys.exit(subprocess.run(command, env=environment, cwd=ROOT, check=False).returncode)
 
 

@@ -84,7 +84,7 @@ DELTAMEM_API void deltamem_encode_from(int bits, int64_t dim, int64_t page_bytes
   const ColdFormat format{bits, dim, page_bytes};
   const ColdKernels& use = kernels();
   const int64_t capacity = format.capacity(), size = itemsize(dtype), part = round_up(capacity * dim * size, 64);
-  const PartLayout key_part = part_layout(layout), value_part = part_layout(layout + 3);
+  const PartLayout key_part = key_layout(layout), value_part = value_layout(layout);
 #pragma omp parallel for schedule(static) if (worth_threads(pages))
   for (int64_t p = 0; p < pages; ++p) {
     uint8_t* keys = scratch(2 * part + scratch_bytes(format));

@@ -23,8 +23,7 @@ constexpr int W = 8;
 constexpr int W = 4;
 #endif
 
-// may_alias: they are read from and written to arrays of other types.
-typedef float vf __attribute__((vector_size(4 * W), aligned(4), may_alias));
+typedef float vf __attribute__((vector_size(4 * W)));
 typedef int32_t vi __attribute__((vector_size(4 * W)));
 typedef uint32_t vu __attribute__((vector_size(4 * W)));
 typedef int16_t vs __attribute__((vector_size(4 * W)));

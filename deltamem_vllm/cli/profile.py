@@ -29,7 +29,7 @@ def profile(
         str, typer.Option(help="An embedded model's name, a Hugging Face id or a local path.")
     ] = "smollm2",
     scorer: Annotated[str, typer.Option(help="Which tokens matter; see `deltamem scorers`.")] = "tova",
-    keep_ratio: Annotated[float, typer.Option(help="Share of the tokens that stays, > 0 and <= 1.")] = 0.1,
+    keep_ratio: Annotated[float, typer.Option(help="Share of the memory that stays, > 0 and <= 1.")] = 0.1,
     dealing: Annotated[
         str,
         typer.Option(
@@ -50,7 +50,7 @@ def profile(
         typer.Option("--from", help="Draw an earlier run's profile.json again, without an engine or a model."),
     ] = None,
 ) -> None:
-    """Show what one prompt's KV memory is worth: utility, survivors, bytes over time, and shares by layer and head."""
+    """Show what one prompt's KV memory is worth: utility, what stays exact or coded, bytes over time, shares."""
     from deltamem_vllm.evaluation.child import ChildFailed
     from deltamem_vllm.evaluation.profile.build import Settings, policy_of
     from deltamem_vllm.evaluation.profile.document import read_profile, write_profile

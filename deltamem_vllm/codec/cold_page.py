@@ -30,8 +30,8 @@ BITS: Final = (8, 4, 2)
 """Bits an element that a cold page can have."""
 
 LOSS: Final = {8: 0.005, 4: 0.09, 2: 0.6}
-"""Share of its worth that a token is taken to lose with that many bits an element: how far the attention output moves when
-all entries but the sinks are coded (`deltamem codec smollm2`)."""
+"""Share of its worth that a token is taken to lose with that many bits an element: how far the attention output moves
+when all entries but the sinks are coded (`deltamem codec smollm2`)."""
 
 _TOKEN_STEP = 4  # rows of codes are split in up to four equal parts
 _PARAMETER_BYTES = 2  # float16

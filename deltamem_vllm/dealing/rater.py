@@ -139,7 +139,8 @@ class Rater:
             # A copy a head would be many small ones; the layer's heads are read at once, shorter ones padded.
             keys, values = self._mover.read(pool.flat, pages[layer], tokens)
             group = queries.shape[0] // pool.heads if queries is not None else 0
-            largest = keys.shape[2] if pool.device.type == "cpu" else 0
+            # A score that is a mean over heads would depend on how they are split.
+            largest = keys.shape[2] if pool.device.type == "cpu" and not scorer.over_heads else 0
             for own in _rated_together(tokens, largest, one_by_one=cold is not None):
                 part = None if queries is None else queries[own.start * group : own.stop * group]
                 count = tokens[own.start]

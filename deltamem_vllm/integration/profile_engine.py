@@ -12,6 +12,7 @@ vLLM's engine runs in this process, so that its worker and scheduler can be watc
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any
 
@@ -24,12 +25,18 @@ from vllm.engine.arg_utils import EngineArgs
 from vllm.outputs import RequestOutput
 from vllm.v1.engine.llm_engine import LLMEngine
 
+from deltamem_vllm.codec.cold_page import LOSS, ColdFormat
+from deltamem_vllm.config import AUTO
+from deltamem_vllm.dealing.cold_pages import ColdChoice
 from deltamem_vllm.integration.calibrations import find_calibration
 from deltamem_vllm.integration.ledger import verify_ledger
 from deltamem_vllm.integration.ledger_instruments import INSTRUMENTS
 from deltamem_vllm.integration.parent_pipe import ParentPipe
 from deltamem_vllm.memory.plans import CompactionPlan
 from deltamem_vllm.scoring.base import Scorer, ScoreView
+
+# What a step takes over from the scheduler's levels.
+_LEVELS = ("logical_tokens", "resident_tokens", "logical_bytes", "tier_bytes", "cold_tokens")
 
 
 class ScoreTap(Scorer):
@@ -64,6 +71,7 @@ class ScoreTap(Scorer):
         self.comparable = scorer.comparable  # type: ignore[misc]
         self.profiled = scorer.profiled  # type: ignore[misc]
         self.lasting = scorer.lasting  # type: ignore[misc]
+        self.over_heads = scorer.over_heads  # type: ignore[misc]
         self.utility: dict[tuple[int, int], Tensor] = {}
         self.attention: dict[tuple[int, int], Tensor] = {}
         self.recording = True
@@ -104,7 +112,7 @@ class Session:
         calibration = find_calibration(config, self._scheduler.deltamem_config)
         model, parallel = config.model_config, config.parallel_config
         pool = self._scheduler.deltamem_stats()["pool"]
-        self.facts = {
+        self.facts: dict[str, Any] = {
             "vllm": vllm_version,
             "torch": torch.__version__,
             "device": config.device_config.device_type,
@@ -177,19 +185,50 @@ class Session:
 
     def _on_compaction(self, plan: CompactionPlan, survivors: list[list[Tensor]]) -> None:
         if not self._compactions:
-            for name, layers in (("utility", self._tap.utility), ("attention", self._tap.attention)):
-                self._arrays[name] = torch.stack([layers[layer] for layer in sorted(layers)]).numpy()
+            for name, parts in (("utility", self._tap.utility), ("attention", self._tap.attention)):
+                heads = torch.cat([parts[part] for part in sorted(parts)])
+                self._arrays[name] = heads.view(len(survivors), -1, heads.shape[1]).numpy()
             self._tap.recording = False
         # The scheduler has noted the step before the worker gets to it.
         step = len(self._steps) - 1
         number = len(self._compactions)
-        self._store(f"survivors_{number}", [head for heads in survivors for head in heads], survivors)
+        self._store(f"survivors_{number}", survivors)
         fields = asdict(plan)
         counts = {name: len(fields.pop(f"{name}_blocks")) for name in ("source", "target")}
         del fields["request_id"], fields["blocks_after"]
         self._compactions.append(
             {**fields, "step": step, "source_blocks": counts["source"], "target_blocks": counts["target"]}
         )
+
+    def _on_coded(self, plan: CompactionPlan, choice: ColdChoice) -> None:
+        # Survivors are told first.
+        number = len(self._compactions) - 1
+        layers, heads = choice.made.shape
+        pages: list[list[list[Tensor]]] = [[[] for _ in range(heads)] for _ in range(layers)]
+        for pair, tokens, count in zip(choice.pair.tolist(), choice.tokens, choice.counts.tolist(), strict=True):
+            pages[pair // heads][pair % heads].append(tokens[:count].sort().values)
+        nothing = choice.tokens.new_zeros(0)
+        self._store(f"coded_{number}", [[torch.cat([nothing, *pair]) for pair in layer] for layer in pages])
+        sizes = [[torch.tensor([len(page) for page in pair]) for pair in layer] for layer in pages]
+        self._store(f"sizes_{number}", sizes)
+        stay = choice.stay if choice.stay is not None else torch.zeros(layers, heads, 0, dtype=torch.bool)
+        self._store(f"stay_{number}", [[pair.nonzero().squeeze(1) for pair in layer] for layer in stay])
+
+    def _store(self, name: str, pairs: Sequence[Sequence[Tensor]]) -> None:
+        """Pairs may have different numbers of entries: one list after the other, and how long each is."""
+        flat = torch.cat([pair for layer in pairs for pair in layer])
+        self._arrays[name] = flat.cpu().numpy().astype(np.int32)
+        self._arrays[f"{name}_counts"] = np.array([[len(pair) for pair in layer] for layer in pairs])
+
+    def _cold_facts(self) -> dict[str, Any] | None:
+        """What a cold page of this engine is; None if it makes none."""
+        config, facts = self._scheduler.deltamem_config, self.facts
+        if config.cold_bits in (0, AUTO):
+            return None
+        page_bytes = facts["block_bytes"] // (facts["layers"] * facts["kv_heads"])
+        layout = ColdFormat(config.cold_bits, facts["head_size"], page_bytes)
+        loss = LOSS[config.cold_bits] if config.cold_loss is None else config.cold_loss
+        return {"bits": layout.bits, "page_tokens": layout.capacity, "loss": loss}
 
 
 def main() -> None:

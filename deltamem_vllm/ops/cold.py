@@ -16,7 +16,7 @@ from deltamem_vllm.codec.cold_page import ColdFormat
 from deltamem_vllm.ops import native
 from deltamem_vllm.ops.checks import check_ids, check_places
 from deltamem_vllm.ops.dealt_pages import DealtPages
-from deltamem_vllm.ops.gather import PoolStrides
+from deltamem_vllm.ops.gather import PoolStrides, kept_pages
 from deltamem_vllm.ops.layout import PageLayout
 
 
@@ -90,7 +90,7 @@ def decode_delta(
     if library is None:
         for part, read in zip((keys, values, counts), decode_pages(cold, raw[ids]), strict=True):
             part.copy_(read)
-        return keys, values, counts.clamp_(0, cold.capacity)
+        return keys, values, counts
     library.deltamem_decode_delta(
         *_format_arguments(cold, dtype, count),
         native.pointer(raw),
@@ -143,7 +143,7 @@ def encode_from(
     source = torch.zeros(pool.shape[0], dtype=torch.bool)
     source[pages[there]] = True
     in_place = bool(source[targets].any())
-    out = raw.new_empty(shape[0], cold.page_bytes) if in_place else raw
+    out = kept_pages(raw, shape[0]) if in_place else raw
     places = torch.arange(shape[0]) if in_place else targets
     library.deltamem_encode_from(
         *_format_arguments(cold, pool.dtype, shape[0]),

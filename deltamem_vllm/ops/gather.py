@@ -8,6 +8,7 @@
 from __future__ import annotations
 
 import ctypes
+import threading
 from dataclasses import dataclass
 
 import torch
@@ -57,8 +58,8 @@ class PoolStrides:
         return PoolStrides(pool.stride(0), keys, values, layout.block_size, layout.head_size)
 
     def argument(self) -> ctypes.Array[ctypes.c_int64]:
-        """As the library takes it."""
-        return (ctypes.c_int64 * 6)(*self.keys, *self.values)
+        """As the library takes it (csrc/cpu/token_move.h)."""
+        return (ctypes.c_int64 * 7)(*self.keys, *self.values, self.slots)
 
 
 def gather_tokens(pool: Tensor, strides: PoolStrides, page: Tensor, slot: Tensor) -> tuple[Tensor, Tensor] | None:
@@ -123,10 +124,10 @@ def gather_pages(
     if page.shape != (count * strides.slots,):
         raise ValueError(f"{count} pages take {count * strides.slots} tokens, got {tuple(page.shape)}")
     page, slot = check_places(page, slot, pool.shape[0], strides.slots)
-    out = pool.new_empty(count, pool.shape[1]) if in_place else pool
+    out = kept_pages(pool, count) if in_place else pool
     places = torch.arange(count) if in_place else targets
     library.deltamem_gather_pages(
-        *_pool_arguments(pool, strides, slots=True),
+        *_pool_arguments(pool, strides),
         *map(native.pointer, (page, slot, places)),
         native.int64(count),
         native.pointer(out),
@@ -137,15 +138,34 @@ def gather_pages(
     return True
 
 
+_MOST_KEPT = 64 * 2**20
+_kept = threading.local()
+
+
+def kept_pages(pool: Tensor, count: int) -> Tensor:
+    """Memory for ``count`` pages like the pool's, ``[count, pool.shape[1]]`` contiguous, whatever it holds.
+
+    The same memory for every call of a thread, valid until the next one: the operating system takes longer to hand
+    out fresh memory than it takes to move pages into it. More than 64 MiB are not kept.
+    """
+    needed = count * pool.shape[1] * pool.element_size()
+    if needed > _MOST_KEPT:
+        return pool.new_empty(count, pool.shape[1])
+    held: Tensor | None = getattr(_kept, "memory", None)
+    if held is None or held.numel() < needed:
+        held = _kept.memory = torch.empty(needed, dtype=torch.uint8)
+    return held[:needed].view(pool.dtype).view(count, pool.shape[1])
+
+
 def _library_for(pool: Tensor) -> ctypes.CDLL | None:
     fits = pool.device.type == "cpu" and pool.element_size() in _ITEM_BYTES
     return native.library() if fits else None
 
 
-def _pool_arguments(pool: Tensor, strides: PoolStrides, slots: bool = False) -> tuple[object, ...]:
+def _pool_arguments(pool: Tensor, strides: PoolStrides) -> tuple[object, ...]:
     size = pool.element_size()
     return (
-        *map(native.int64, (size, strides.dim, *((strides.slots,) if slots else ()))),
+        *map(native.int64, (size, strides.dim)),
         native.pointer(pool),
         native.int64(strides.page * size),
         strides.argument(),

@@ -13,7 +13,7 @@ from deltamem_vllm.codec.cold_page import ColdFormat
 from deltamem_vllm.ops.inputs import make_layout
 from deltamem_vllm.ops.layout import PageLayout
 
-KINDS = ("normal", "outliers", "constant", "ties", "tiny", "huge", "infinite", "nan")
+KINDS = ("normal", "outliers", "constant", "zeros", "ties", "tiny", "huge", "infinite", "nan")
 """What numbers look like: `make_cold_tokens`."""
 
 
@@ -59,8 +59,9 @@ def make_cold_tokens(
     """``pages`` pages of random length, or full ones.
 
     ``normal``: like keys without outliers; ``outliers``: a few channels and tokens a hundred times larger;
-    ``constant``: equal numbers where they share a scale; ``ties``: halfway between two codes; ``tiny`` and ``huge``:
-    below and above float16's range (as far as ``dtype`` can); ``infinite`` and ``nan``: some are not finite.
+    ``constant``: equal numbers where they share a scale; ``zeros``: of either sign, and ones; ``ties``: halfway
+    between two codes; ``tiny`` and ``huge``: below and above float16's range (as far as ``dtype`` can); ``infinite``
+    and ``nan``: some are not finite.
     """
     generator = torch.Generator().manual_seed(seed)
     cold = ColdFormat(bits, dim, block_size * 2 * dim * dtype.itemsize)
@@ -69,8 +70,11 @@ def make_cold_tokens(
     lowest = cold.capacity if full else 1
     counts = torch.randint(lowest, cold.capacity + 1, (pages,), generator=generator)
     absent = (torch.arange(cold.capacity) >= counts.unsqueeze(1)).unsqueeze(2)
-    # + 0: no negative zeros, whose order among zeros no version promises to keep.
-    keys, values = ((part.to(dtype) + 0.0).masked_fill_(absent, float("nan")) for part in parts)
+    keys, values = (part.to(dtype) for part in parts)
+    if kind != "zeros":
+        # No range of negative zeros alone: `codec/cold_codec.py` gives it a scale of -0.0, which reads the same.
+        keys, values = keys + 0.0, values + 0.0
+    keys, values = (part.masked_fill_(absent, float("nan")) for part in (keys, values))
     return ColdTokens(cold, keys, values, counts)
 
 
@@ -114,6 +118,10 @@ def _numbers(kind: str, bits: int, shape: tuple[int, int, int], shared: int, gen
         return x * torch.where(torch.rand(shape[0], 1, shape[2], generator=generator) < 0.05, 100.0, 1.0)
     if kind == "constant":
         return x.narrow(shared, 0, 1).expand(shape).clone()
+    if kind == "zeros":
+        x = torch.where(some, 1.0, torch.where(x < 0, -0.0, 0.0))
+        x.narrow(shared, 0, 1).fill_(1.0)
+        return x
     if kind == "ties":  # from 0 to the largest code in steps of a half: scale 1, zero 0
         x = torch.randint(0, 2 * (2**bits - 1) + 1, shape, generator=generator) / 2
         x.narrow(shared, 0, 1).fill_(0.0)

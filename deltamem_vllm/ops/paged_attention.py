@@ -9,6 +9,8 @@ obvious definition is in ``ops/reference_attention.py``.
 from __future__ import annotations
 
 import ctypes
+import struct
+from dataclasses import dataclass
 from typing import Final
 
 import torch
@@ -25,7 +27,6 @@ MOST_GROUP: Final = 32
 MOST_BLOCK: Final = 128
 _STEP = 16  # heads and blocks are multiples of the widest vector
 
-_POINTERS = ("query", "output", "lse", "pool")
 _FAULTS = {
     1: "has a length, a number of pages or a query start that does not fit the tables",
     2: "has a hot page outside the pool",
@@ -34,30 +35,31 @@ _FAULTS = {
 _NO_MEMORY = 4
 
 
-class _Call(ctypes.Structure):
-    """AttentionCall of csrc/cpu/paged_attention_types.h."""
+# AttentionCall of csrc/cpu/paged_attention_types.h, field by field: all have eight bytes. Packed at once, for setting
+# the fields of a ctypes structure one by one takes longer than reading a short sequence.
+_CALL: Final = struct.Struct("@4P 2q P2q 2P P2qP 5q 6q 3q d 2q")
 
-    _fields_ = [
-        *((name, ctypes.c_void_p) for name in _POINTERS),
-        ("num_pages", ctypes.c_int64),
-        ("page_stride_bytes", ctypes.c_int64),
-        ("block_table", ctypes.c_void_p),
-        ("block_table_stride", ctypes.c_int64),
-        ("block_table_width", ctypes.c_int64),
-        ("seq_lens", ctypes.c_void_p),
-        ("query_start_loc", ctypes.c_void_p),
-        ("cold_table", ctypes.c_void_p),
-        ("cold_table_stride", ctypes.c_int64),
-        ("cold_table_width", ctypes.c_int64),
-        ("cold_pages", ctypes.c_void_p),
-        *((name, ctypes.c_int64) for name in ("sequences", "tokens", "group", "dim", "block_size")),
-        *((name, ctypes.c_int64) for name in ("key_base", "key_slot", "key_dim")),
-        *((name, ctypes.c_int64) for name in ("value_base", "value_slot", "value_dim")),
-        *((name, ctypes.c_int64) for name in ("bits", "capacity", "dtype")),
-        ("scale", ctypes.c_double),
-        ("isa", ctypes.c_int64),
-        ("threads", ctypes.c_int64),
-    ]
+
+@dataclass(frozen=True)
+class _Geometry:
+    """What follows from pool and formats alone: checked and worked out once, not at every call.
+
+    Attributes
+    ----------
+    hot, cold: what it was made for, held so that nothing else can take their place in memory.
+    pool: pages, and bytes from one to the next.
+    dim, block: D and slots of a hot page.
+    strides: base, slot and dim of keys, then of values.
+    code: bits (0: no cold pages), capacity, number of the dtype.
+    """
+
+    hot: PageLayout
+    cold: ColdFormat | None
+    pool: tuple[int, int]
+    dim: int
+    block: int
+    strides: tuple[int, ...]
+    code: tuple[int, int, int]
 
 
 def paged_attention(
@@ -107,38 +109,38 @@ def paged_attention(
     ValueError: a shape, dtype, layout, page number or length does not fit.
     MemoryError: no room for the partial results.
     """
-    _check(query, pool, hot, block_table, seq_lens, query_start_loc, output, lse)
-    _check_cold(pool, hot, len(seq_lens), cold_format, cold_table, cold_pages)
+    geometry = _geometry(pool, hot, cold_format)
+    sequences = len(seq_lens)
+    _check_rows(geometry, pool.dtype, query, output, lse)
+    _check_table("block_table", block_table, sequences, 2)
+    _check_table("seq_lens", seq_lens, sequences, 1)
+    _check_table("query_start_loc", query_start_loc, sequences + 1, 1)
+    if cold_format is not None or cold_table is not None or cold_pages is not None:
+        if cold_format is None or cold_table is None or cold_pages is None:
+            raise ValueError("cold_format, cold_table and cold_pages belong together: give all or none")
+        _check_table("cold_table", cold_table, sequences, 2)
+        _check_table("cold_pages", cold_pages, sequences, 1)
     if isa is not None and isa not in ISAS:
         raise ValueError(f"isa must be one of {', '.join(ISAS)}, got {isa!r}")
     native = library()
     if native is None:
-        if lse is not None:
-            raise ValueError("the log of the sum needs deltamem's native library; build it with `make native`")
         paged_attention_torch.attend(
             query, pool, DealtPages(hot), block_table, seq_lens, query_start_loc, scale, output, cold_format,
-            cold_table, cold_pages,
+            cold_table, cold_pages, lse,
         )  # fmt: skip
         return
-    call = _Call()
-    call.query, call.output, call.pool = query.data_ptr(), output.data_ptr(), pool.data_ptr()
-    call.lse = None if lse is None else lse.data_ptr()
-    call.num_pages, call.page_stride_bytes = pool.shape[0], pool.stride(0) * pool.element_size()
-    call.block_table, call.block_table_stride = block_table.data_ptr(), block_table.stride(0)
-    call.block_table_width = block_table.shape[1]
-    call.seq_lens, call.query_start_loc = seq_lens.data_ptr(), query_start_loc.data_ptr()
-    call.sequences, call.block_size = len(seq_lens), hot.block_size
-    call.tokens, call.group, call.dim = query.shape
-    call.key_base, call.key_slot, call.key_dim = _strides(hot, "keys")
-    call.value_base, call.value_slot, call.value_dim = _strides(hot, "values")
-    if cold_format is not None and cold_table is not None and cold_pages is not None:
-        call.cold_table, call.cold_table_stride = cold_table.data_ptr(), cold_table.stride(0)
-        call.cold_table_width, call.cold_pages = cold_table.shape[1], cold_pages.data_ptr()
-        call.bits, call.capacity = cold_format.bits, cold_format.capacity
-    call.dtype, call.scale, call.threads = DTYPE_CODES[query.dtype], scale, threads
-    call.isa = -1 if isa is None else ISAS.index(isa)
+    cold = (0, 0, 0, 0)
+    if cold_table is not None and cold_pages is not None:
+        cold = (cold_table.data_ptr(), cold_table.stride(0), cold_table.shape[1], cold_pages.data_ptr())
+    tokens, group, _ = query.shape
+    call = _CALL.pack(
+        query.data_ptr(), output.data_ptr(), 0 if lse is None else lse.data_ptr(), pool.data_ptr(), *geometry.pool,
+        block_table.data_ptr(), block_table.stride(0), block_table.shape[1], seq_lens.data_ptr(),
+        query_start_loc.data_ptr(), *cold, sequences, tokens, group, geometry.dim, geometry.block, *geometry.strides,
+        *geometry.code, scale, -1 if isa is None else ISAS.index(isa), threads,
+    )  # fmt: skip
     where = ctypes.c_int64()
-    fault = native.deltamem_paged_attention(ctypes.byref(call), ctypes.byref(where))
+    fault = native.deltamem_paged_attention(call, ctypes.byref(where))
     if fault:
         _raise(fault, where.value, pool.shape[0], block_table, seq_lens, cold_pages)
 
@@ -155,85 +157,82 @@ def _raise(
     )
 
 
-_STRIDES: dict[tuple[int, str], tuple[PageLayout, tuple[int, int, int]]] = {}
+_GEOMETRIES: dict[tuple[object, ...], _Geometry] = {}
 
 
-def _strides(hot: PageLayout, part: str) -> tuple[int, int, int]:
-    """`PageLayout.strides`, which compares every offset, once for a layout and not at every call."""
-    known = _STRIDES.get((id(hot), part))
-    if known is not None and known[0] is hot:
-        return known[1]
-    strides = hot.strides(part)
-    if strides is None:
-        raise ValueError(
-            f"{part} of hot pages must stand at fixed distances (slot by slot and dim by dim); this layout, such as "
-            "that of AMX tiles, is not supported: use a KV cache layout without tiles"
-        )
-    if len(_STRIDES) > 64:  # Only tests make many layouts.
-        _STRIDES.clear()
-    _STRIDES[id(hot), part] = (hot, strides)
-    return strides
+def _geometry(pool: Tensor, hot: PageLayout, cold: ColdFormat | None) -> _Geometry:
+    """The checked geometry of a pool. Formats are known by their identity: comparing tensors takes long."""
+    key = (id(hot), id(cold), pool.dtype, pool.shape, pool.stride(), pool.is_cpu)
+    known = _GEOMETRIES.get(key)
+    if known is None:
+        known = _checked_geometry(pool, hot, cold)
+        if len(_GEOMETRIES) >= 64:  # only tests make many
+            _GEOMETRIES.clear()
+        _GEOMETRIES[key] = known
+    return known
 
 
-def _check(
-    query: Tensor, pool: Tensor, hot: PageLayout, block_table: Tensor, seq_lens: Tensor, query_start_loc: Tensor,
-    output: Tensor, lse: Tensor | None,
-) -> None:  # fmt: skip
+def _checked_geometry(pool: Tensor, hot: PageLayout, cold: ColdFormat | None) -> _Geometry:
     dim, size = hot.head_size, hot.block_size
+    if not pool.is_cpu:
+        raise ValueError("paged_attention of ops/ works on CPU tensors; for others use triton_kernels")
     if dim % _STEP or not 0 < dim <= MOST_DIM or size % _STEP or not 0 < size <= MOST_BLOCK:
         raise ValueError(
             f"heads need a multiple of {_STEP} up to {MOST_DIM} dims and blocks one up to {MOST_BLOCK} slots, "
             f"got {dim} and {size}"
         )
-    if pool.dtype not in DTYPE_CODES or query.dtype != pool.dtype or output.dtype != pool.dtype:
-        raise ValueError(
-            f"pool, query and output must have one dtype of {', '.join(map(str, DTYPE_CODES))}, "
-            f"got {pool.dtype}, {query.dtype} and {output.dtype}"
-        )
+    if pool.dtype not in DTYPE_CODES:
+        raise ValueError(f"the pool must have one dtype of {', '.join(map(str, DTYPE_CODES))}, got {pool.dtype}")
     if pool.dim() != 2 or pool.shape[1] != size * 2 * dim or pool.stride(1) != 1:
         raise ValueError(
             f"the pool must be [pages, {size * 2 * dim}] with its elements side by side, "
             f"got {tuple(pool.shape)} with strides {pool.stride()}"
         )
-    if query.dim() != 3 or query.shape[2] != dim or not 1 <= query.shape[1] <= MOST_GROUP:
-        raise ValueError(f"query must be [tokens, 1 to {MOST_GROUP} heads, {dim}], got {tuple(query.shape)}")
-    if output.shape != query.shape or not query.is_contiguous() or not output.is_contiguous():
+    page_bytes = pool.shape[1] * pool.element_size()
+    if cold is not None and (cold.head_size != dim or cold.page_bytes != page_bytes):
         raise ValueError(
-            f"query and output must be contiguous and of one shape, got {tuple(query.shape)} with strides "
+            f"cold pages must have {dim} dims and {page_bytes} bytes, got {cold.head_size} and {cold.page_bytes}"
+        )
+    strides: list[int] = []
+    for part in ("keys", "values"):
+        own = hot.strides(part)
+        if own is None:
+            raise ValueError(
+                f"{part} of hot pages must stand at fixed distances (slot by slot and dim by dim); this layout, such "
+                "as that of AMX tiles, is not supported: use a KV cache layout without tiles"
+            )
+        strides += own
+    code = (0, 0) if cold is None else (cold.bits, cold.capacity)
+    pages = (pool.shape[0], pool.stride(0) * pool.element_size())
+    return _Geometry(hot, cold, pages, dim, size, tuple(strides), (*code, DTYPE_CODES[pool.dtype]))
+
+
+def _check_rows(geometry: _Geometry, dtype: torch.dtype, query: Tensor, output: Tensor, lse: Tensor | None) -> None:
+    if query.dtype is not dtype or output.dtype is not dtype:
+        raise ValueError(
+            f"pool, query and output must have one dtype of {', '.join(map(str, DTYPE_CODES))}, "
+            f"got {dtype}, {query.dtype} and {output.dtype}"
+        )
+    shape = query.shape
+    if len(shape) != 3 or shape[2] != geometry.dim or not 1 <= shape[1] <= MOST_GROUP:
+        raise ValueError(f"query must be [tokens, 1 to {MOST_GROUP} heads, {geometry.dim}], got {tuple(shape)}")
+    if output.shape != shape or not query.is_contiguous() or not output.is_contiguous():
+        raise ValueError(
+            f"query and output must be contiguous and of one shape, got {tuple(shape)} with strides "
             f"{query.stride()} and {tuple(output.shape)} with strides {output.stride()}"
         )
-    if lse is not None and (lse.shape != query.shape[:2] or lse.dtype != torch.float32 or not lse.is_contiguous()):
-        raise ValueError(f"lse must be contiguous float32 {tuple(query.shape[:2])}, got {lse.dtype} {tuple(lse.shape)}")
-    sequences = seq_lens.shape[0]
-    _check_table("block_table", block_table, sequences, 2)
-    _check_table("seq_lens", seq_lens, sequences, 1)
-    _check_table("query_start_loc", query_start_loc, sequences + 1, 1)
-    if any(t.device.type != "cpu" for t in (query, pool, output, block_table, seq_lens, query_start_loc)):
-        raise ValueError("paged_attention of ops/ works on CPU tensors; for others use triton_kernels")
-
-
-def _check_cold(
-    pool: Tensor, hot: PageLayout, sequences: int, cold_format: ColdFormat | None, cold_table: Tensor | None,
-    cold_pages: Tensor | None,
-) -> None:  # fmt: skip
-    if cold_format is None and cold_table is None and cold_pages is None:
-        return
-    if cold_format is None or cold_table is None or cold_pages is None:
-        raise ValueError("cold_format, cold_table and cold_pages belong together: give all or none")
-    page_bytes = pool.shape[1] * pool.element_size()
-    if cold_format.head_size != hot.head_size or cold_format.page_bytes != page_bytes:
-        raise ValueError(
-            f"cold pages must have {hot.head_size} dims and {page_bytes} bytes, "
-            f"got {cold_format.head_size} and {cold_format.page_bytes}"
-        )
-    _check_table("cold_table", cold_table, sequences, 2)
-    _check_table("cold_pages", cold_pages, sequences, 1)
+    if lse is not None and (lse.shape != shape[:2] or lse.dtype != torch.float32 or not lse.is_contiguous()):
+        raise ValueError(f"lse must be contiguous float32 {tuple(shape[:2])}, got {lse.dtype} {tuple(lse.shape)}")
+    if not (query.is_cpu and output.is_cpu and (lse is None or lse.is_cpu)):
+        raise ValueError("query, output and lse must be on the CPU, as the pool is")
 
 
 def _check_table(name: str, table: Tensor, rows: int, dims: int) -> None:
-    if table.dtype != torch.int32 or table.dim() != dims or table.shape[0] != rows:
+    shape = table.shape
+    if table.dtype is not torch.int32 or len(shape) != dims or shape[0] != rows or not table.is_cpu:
         raise ValueError(
-            f"{name} must be int32 with {dims} dimension(s) and {rows} rows, got {table.dtype} {tuple(table.shape)}"
+            f"{name} must be int32 with {dims} dimension(s) and {rows} rows on the CPU, got {table.dtype} "
+            f"{tuple(shape)} on {table.device}"
         )
-    if table.numel() and table.stride(-1) != 1:
+    if not table.is_contiguous() and table.stride(-1) != 1:
         raise ValueError(f"{name} must have its last dimension side by side, got strides {table.stride()}")

@@ -24,6 +24,7 @@ def attend(
     cold_format: ColdFormat | None,
     cold_table: Tensor | None,
     cold_pages: Tensor | None,
+    lse: Tensor | None,
 ) -> None:
     """As `paged_attention.paged_attention`, whose checks have been made; float32 inside."""
     starts, lengths = query_start_loc.tolist(), seq_lens.tolist()
@@ -43,9 +44,15 @@ def attend(
             values = torch.cat([coded_values[there].unsqueeze(0), values], 1)
         if not keys.shape[1]:
             output[rows] = 0
+            if lse is not None:
+                lse[rows] = float("-inf")
             continue
         logits = torch.einsum("tgd,nd->gtn", query[rows].float(), keys[0]) * scale
         # Query i of the last ones sees what stands up to its own place.
         last = older + length - count + torch.arange(count)
         logits.masked_fill_(torch.arange(older + length) > last.unsqueeze(1), float("-inf"))
-        output[rows] = torch.einsum("gtn,nd->tgd", logits.softmax(-1), values[0]).to(output.dtype)
+        # Chunks may be longer than what is resident: their first queries see nothing.
+        weights = logits.softmax(-1).masked_fill(last.lt(0).view(1, -1, 1), 0.0)
+        output[rows] = torch.einsum("gtn,nd->tgd", weights, values[0]).to(output.dtype)
+        if lse is not None:
+            lse[rows] = logits.logsumexp(-1).T

@@ -160,6 +160,10 @@ class Scorer(ABC):
     """Whether an entry's score depends on nothing that comes after it, so that it need not be rated again. Where pages
     are dealt, a compaction then rates only the entries since the last one, and `ScoreView.seen` tells of the others."""
 
+    over_heads: ClassVar[bool] = False
+    """Whether a head's score depends on the other heads of its view, which are then all heads of the layer that hold
+    equally many entries."""
+
     learned: ClassVar[str | None] = None
     """Name of the calibration's tensor that it cannot do without. A server that has none refuses to start with it."""
 

@@ -15,6 +15,7 @@ from deltamem_vllm.ops import native, reference_cold
 from deltamem_vllm.ops.cold import decode_delta, encode_delta, encode_from
 from deltamem_vllm.ops.inputs import LAYOUTS, make_layout
 from deltamem_vllm.ops.inputs_cold import KINDS, ColdTokens, make_cold_tokens, make_hostile_pages, put_in_pool
+from tests.support.examples import examples
 
 ISAS = native.supported_isas()
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
@@ -57,7 +58,7 @@ def test_every_version_writes_the_same_bytes(kind, bits, dim):
                 assert torch.equal(encoded(case), expected), (name, dtype)
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=examples(150), deadline=None)
 @given(
     kind=st.sampled_from(KINDS),
     bits=st.sampled_from(BITS),
@@ -81,7 +82,7 @@ def test_any_shape(kind, bits, dim, block_size, pages, dtype, name, seed):
             assert not part[page, count:].any()
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=examples(25), deadline=None)
 @given(
     kind=st.sampled_from(KINDS),
     bits=st.sampled_from(BITS),
@@ -104,7 +105,7 @@ def test_torch_writes_and_native_reads_what_the_definition_says(kind, bits, dim,
                     assert same(got[0][0], keys.to(out)) and same(got[1][0], values.to(out)), (name, out)
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=examples(40), deadline=None)
 @given(
     bits=st.sampled_from(BITS),
     dim=st.sampled_from([8, 20, 64, 80]),
@@ -123,7 +124,7 @@ def test_bytes_that_nobody_wrote_are_read_alike(bits, dim, out, seed):
             assert same(got[0][0], keys.to(out)) and same(got[1][0], values.to(out)), name
 
 
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=examples(80), deadline=None)
 @given(
     layout=st.sampled_from(LAYOUTS),
     bits=st.sampled_from(BITS),

@@ -110,6 +110,22 @@ def test_heads_are_rated_apart_where_they_would_not_fit_a_cache(monkeypatch: pyt
     assert torch.equal(make_dealer().run(step, KeyLength()).hot, together.hot)
 
 
+@pytest.mark.parametrize("over_heads", [True, False])
+def test_scores_over_heads_are_given_all_that_are_alike(monkeypatch: pytest.MonkeyPatch, over_heads: bool) -> None:
+    """A mean over the heads of a layer may not depend on how many of them fit a cache."""
+    monkeypatch.setattr(rating, "_NUMBERS_IN_CACHE", 1)
+    views: list[int] = []
+
+    class Counting(KeyLength):
+        def score(self, view: ScoreView) -> Tensor:
+            views.append(view.num_kv_heads)
+            return super().score(view)
+
+    Counting.over_heads = over_heads
+    make_dealer().run(plan(FIRST, SECOND, 93, 1), Counting())
+    assert views == ([HEADS] * LAYERS if over_heads else [1] * LAYERS * HEADS)
+
+
 def test_runs_of_heads() -> None:
     def runs(tokens: list[int], width: int) -> list[tuple[int, int]]:
         return [(run.start, run.stop) for run in _rated_together(tokens, width, one_by_one=False)]

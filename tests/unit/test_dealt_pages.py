@@ -13,6 +13,7 @@ from deltamem_vllm.ops.dealt_pages import DealtPages
 from deltamem_vllm.ops.inputs import LAYOUTS, DealtTokens, make_dealt_tokens, make_layout
 from deltamem_vllm.ops.layout import PageLayout
 from deltamem_vllm.ops.reference import move_dealt, read_pooled_token
+from tests.support.examples import examples
 
 
 def move(case: DealtTokens, pool: torch.Tensor, targets: list[list[int]], kept: list[torch.Tensor]) -> None:
@@ -29,7 +30,7 @@ def same(a: torch.Tensor, b: torch.Tensor) -> bool:
     return torch.equal(torch.nan_to_num(a, nan=7e4), torch.nan_to_num(b, nan=7e4))
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=examples(60), deadline=None)
 @given(
     layout=st.sampled_from(LAYOUTS),
     pairs=st.integers(1, 6),
@@ -59,7 +60,7 @@ def test_moving_survivors_equals_the_definition(layout, pairs, pages, tail, dtyp
         assert (whole[0] == 5.0).all() and (whole[:, : pool.shape[1]] == 5.0).all()
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=examples(40), deadline=None)
 @given(
     layout=st.sampled_from(LAYOUTS),
     heads=st.integers(1, 4),

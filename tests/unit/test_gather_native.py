@@ -14,6 +14,7 @@ from deltamem_vllm.ops.dealt_pages import DealtPages
 from deltamem_vllm.ops.gather import PoolStrides, gather_pages, gather_tokens
 from deltamem_vllm.ops.inputs import LAYOUTS, DealtTokens, make_dealt_tokens, make_layout
 from deltamem_vllm.ops.reference import move_dealt, read_pooled_token
+from tests.support.examples import examples
 
 ISAS = native.supported_isas()
 
@@ -29,7 +30,7 @@ def same(a: torch.Tensor, b: torch.Tensor) -> bool:
     return torch.equal(a.contiguous().view(torch.uint8), b.contiguous().view(torch.uint8))
 
 
-@settings(max_examples=120, deadline=None)
+@settings(max_examples=examples(120), deadline=None)
 @given(
     layout=st.sampled_from(LAYOUTS),
     pairs=st.integers(1, 5),

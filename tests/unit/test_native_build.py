@@ -165,6 +165,7 @@ class TestBuilding:
         sources.mkdir()
         for name in ("isa.h", "isa.cpp"):
             (sources / name).write_text((CSRC / name).read_text())
+        (sources / "between.h").write_text('#include "isa.h"\n')
         (sources / "other.cpp").write_text("int other = 1;\n")
         monkeypatch.setattr(build, "SOURCES", sources)
         compiled: list[str] = []
@@ -186,7 +187,11 @@ class TestBuilding:
         (sources / "other.cpp").write_text("int other = 2;\n")
         assert again() == ["other.cpp"]
         (sources / "isa.h").write_text((CSRC / "isa.h").read_text() + "\n")
-        assert again() == ["isa.cpp", "other.cpp"]
+        assert again() == ["isa.cpp"], "the other includes no header"
+        (sources / "other.cpp").write_text('#include "between.h"\nint other = 2;\n')
+        assert again() == ["other.cpp"]
+        (sources / "isa.h").write_text((CSRC / "isa.h").read_text() + "\n\n")
+        assert again() == ["isa.cpp", "other.cpp"], "one includes it through another header"
         assert len(list((tmp_path / "work").iterdir())) == 2
 
     def test_a_wheel_holds_the_library_and_an_install_without_a_compiler_goes_on(self, tmp_path):

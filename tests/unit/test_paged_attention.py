@@ -16,6 +16,7 @@ from deltamem_vllm.ops import native
 from deltamem_vllm.ops.inputs_attention import NOT_A_PAGE, AttentionCase, draw_attention, make_attention
 from deltamem_vllm.ops.paged_attention import paged_attention
 from deltamem_vllm.ops.reference_attention import attend_pages
+from tests.support.examples import examples
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 LAYOUTS = ("keys_transposed", "slot_major")
@@ -91,7 +92,7 @@ def test_every_group_size_equals_the_definition(group):
 
 
 @needs_native
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=examples(25), deadline=None)
 @given(
     layout=st.sampled_from(LAYOUTS),
     dtype=st.sampled_from(DTYPES),
@@ -201,7 +202,7 @@ def test_nan_is_not_hidden():
 
 
 @needs_native
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=examples(25), deadline=None)
 @given(data=st.data(), seed=st.integers(0, 2**16))
 def test_wrong_tables_are_refused_and_garbage_pages_do_no_harm(data, seed):
     case = make_attention("keys_transposed", torch.float16, 32, 16, 2, [1, 3], [40, 50], 4, [2, 1], seed=seed)
@@ -248,3 +249,23 @@ def test_wrong_shapes_are_refused(change, words):
 def test_a_tiled_layout_is_refused():
     with pytest.raises(ValueError, match="fixed distances"):
         attend(make_attention("tiled", torch.bfloat16, 64, 32, 3, [1], [40]))
+
+
+@pytest.mark.parametrize("bits", [0, 4])
+def test_without_the_library_the_result_is_the_same(monkeypatch, bits):
+    monkeypatch.setattr("deltamem_vllm.ops.paged_attention.library", lambda: None)
+    for seed in range(3):
+        case = draw_attention("keys_transposed", torch.float32, 64, 32, 3, bits, seed)
+        assert close(case, attend(case), define(case))
+    empty = make_attention("keys_transposed", torch.float32, 64, 32, 3, [1, 2], [0, 40])
+    output, lse = attend(empty)
+    assert not output[0].any() and torch.isneginf(lse[0]).all() and close(empty, (output, lse), define(empty))
+
+
+@needs_native
+def test_formats_and_pools_are_told_apart():
+    """What is worked out once for a pool is not used for another."""
+    pools = ((torch.float32, 16, 4), (torch.bfloat16, 32, 8), (torch.float32, 32, 0))
+    for seed, (dtype, size, bits) in enumerate(pools):
+        for layout in LAYOUTS:
+            check(make_attention(layout, dtype, 64, size, 2, [1, 3], [40, 50], bits, [1, 2], seed=seed))

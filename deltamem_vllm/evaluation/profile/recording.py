@@ -21,8 +21,8 @@ class Step(TypedDict):
     """One engine step; levels are those at its end, its new tokens included.
 
     `kind` is `compaction` for a step that compacts the request before it computes its `new_tokens`.
-    `resident_tokens` is nominal: where pages were dealt, a mean over all (layer, kv head) of what their pages would hold
-    uncoded. `cold_tokens` is how many tokens a pair holds coded, a mean rounded down; bytes and blocks are exact.
+    `resident_tokens` is nominal: where pages were dealt, a mean over all (layer, kv head) of what their pages would
+    hold uncoded. `cold_tokens` is how many tokens a pair holds coded, a mean rounded down; bytes and blocks are exact.
     `logical_bytes` is what the request would hold if nothing were evicted, `tier_bytes` what it holds: `hot` in pages
     of exact tokens, `cold` in pages of coded ones.
     """

@@ -11,11 +11,12 @@ from matplotlib.figure import Figure
 
 from deltamem_vllm.evaluation.profile.comparison import budget_words
 from deltamem_vllm.evaluation.profile.document import Profile
-from deltamem_vllm.evaluation.profile.pictures.heat_maps import draw_kept, draw_utility
+from deltamem_vllm.evaluation.profile.pictures.kept import draw_kept
 from deltamem_vllm.evaluation.profile.pictures.pages import draw_pages
 from deltamem_vllm.evaluation.profile.pictures.shares import draw_shares
 from deltamem_vllm.evaluation.profile.pictures.style import DPI, WIDTH, Canvas
 from deltamem_vllm.evaluation.profile.pictures.timeline import draw_bytes
+from deltamem_vllm.evaluation.profile.pictures.utility import draw_utility
 
 
 def write_pictures(profile: Profile, folder: Path) -> list[Path]:
@@ -49,10 +50,11 @@ def _write_overview(profile: Profile, path: Path, tall: float) -> Path:
     low = _pages_height(profile)
     figure = Figure(figsize=(1.5 * WIDTH, 2 * tall + low + 0.4), layout="constrained")
     engine = profile.engine
+    cold = f"cold_bits {engine['cold']['bits']}, " if profile.tiered else ""
     figure.suptitle(
         f"{profile.conditions['model']}: {profile.prompt['tokens']:,} tokens of {profile.prompt['source']}, "
         f"scorer {profile.scorer}, {budget_words(profile)}, dealing {profile.dealing}, "
-        f"blocks of {engine['block_tokens']}, vLLM {engine['vllm']} on {engine['device']}",
+        f"{cold}blocks of {engine['block_tokens']}, vLLM {engine['vllm']} on {engine['device']}",
         fontsize=11,
     )
     rows = figure.subfigures(3, 1, squeeze=False, hspace=0.04, height_ratios=[tall, low, tall])[:, 0]

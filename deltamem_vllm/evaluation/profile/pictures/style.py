@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 # SPDX-FileCopyrightText: Copyright contributors to the deltamem project
-"""Colours, sizes and the strip that says where in the prompt one is.
+"""Colours, sizes, maps over tokens and the strip that says where in the prompt one is.
 
 Colours are those of Okabe and Ito, which people with any common colour blindness can tell apart.
 """
@@ -8,10 +8,13 @@ Colours are those of Okabe and Ito, which people with any common colour blindnes
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 from matplotlib.axes import Axes
+from matplotlib.colors import Normalize, to_rgb
 from matplotlib.figure import Figure, SubFigure
 from matplotlib.patches import Patch
+from numpy.typing import NDArray
 
 from deltamem_vllm.evaluation.profile.document import Profile
 
@@ -19,6 +22,8 @@ Canvas = Figure | SubFigure
 
 BLUE, ORANGE, GREEN, VERMILION = "#0072B2", "#E69F00", "#009E73", "#D55E00"
 SKY, PINK, GREY, INK = "#56B4E9", "#CC79A7", "#9a9a9a", "#222222"
+EXACT, CODED = BLUE, ORANGE
+"""Of the tiers, in every picture."""
 _MARKS = (VERMILION, PINK, ORANGE, SKY)
 
 DPI = 125
@@ -35,6 +40,12 @@ def title(canvas: Canvas, text: str, note: str = "") -> None:
     # mathtext sets the bold part: a title has one weight.
     words = r"\ ".join(text.split(" "))
     canvas.suptitle(rf"$\bf{{{words}}}$" + (f"\n{note}" if note else ""), x=0.01, ha="left", fontsize=10)
+
+
+def pale(colour: str) -> tuple[float, float, float]:
+    """A third of a colour on white, opaque: what lies behind it does not shine through."""
+    red, green, blue = (1 - 0.35 * (1 - part) for part in to_rgb(colour))
+    return red, green, blue
 
 
 def plain(axes: Axes) -> None:
@@ -94,6 +105,35 @@ def token_strip(strip: Axes, below: Sequence[Axes], profile: Profile, tokens: in
         columnspacing=1.2,
         borderaxespad=0,
     )
+
+
+def heat_map(
+    canvas: Canvas,
+    axes: Axes,
+    values: NDArray[Any],
+    tokens: int,
+    width: int,
+    colours: str,
+    norm: Normalize,
+    label: str,
+) -> None:
+    """Draw `values` [rows, columns] over tokens, `width` of them to a column, with a bar that explains the colours."""
+    rows, columns = values.shape
+    image = axes.imshow(
+        values,
+        aspect="auto",
+        interpolation="nearest",
+        cmap=colours,
+        norm=norm,
+        # The last column may stand for fewer tokens; the axis ends where they do.
+        extent=(0, columns * width, rows - 0.5, -0.5),
+    )
+    axes.set_xlim(0, tokens)
+    axes.tick_params(labelsize=8)
+    bar = canvas.colorbar(image, ax=axes, pad=0.01, fraction=0.03, aspect=30)
+    bar.set_label(label, fontsize=8)
+    bar.ax.tick_params(labelsize=7)
+    bar.outline.set_visible(False)
 
 
 def size(count: float) -> str:

@@ -9,12 +9,10 @@ from matplotlib.ticker import FuncFormatter, MaxNLocator
 
 from deltamem_vllm.evaluation.profile.document import Profile
 from deltamem_vllm.evaluation.profile.pictures.style import (
-    BLUE,
-    GREEN,
+    CODED,
+    EXACT,
+    GREY,
     INK,
-    ORANGE,
-    PINK,
-    SKY,
     VERMILION,
     Canvas,
     plain,
@@ -22,8 +20,8 @@ from deltamem_vllm.evaluation.profile.pictures.style import (
     title,
 )
 
-_TIERS = {"hot": BLUE, "cold": SKY, "host": GREEN}
-_OTHERS = PINK
+# From the bottom upwards.
+_TIERS = {"hot": (EXACT, "hot pages (exact)"), "cold": (CODED, "cold pages (coded)")}
 
 
 def draw_bytes(canvas: Canvas, profile: Profile) -> None:
@@ -36,11 +34,12 @@ def draw_bytes(canvas: Canvas, profile: Profile) -> None:
         return [*values, values[-1]]
 
     floor = np.zeros(len(edges))
-    for tier in steps[0]["tier_bytes"]:
-        top = floor + stairs([step["tier_bytes"].get(tier, 0) for step in steps])
-        colour = _TIERS.get(tier, _OTHERS)
-        axes.fill_between(edges, floor, top, step="post", color=colour, linewidth=0, label=f"{tier} tier")
-        floor = top
+    for tier in sorted(steps[0]["tier_bytes"], key=list(_TIERS).index):
+        held_bytes = stairs([step["tier_bytes"][tier] for step in steps])
+        if any(held_bytes) or profile.tiered:
+            colour, label = _TIERS[tier]
+            axes.fill_between(edges, floor, floor + held_bytes, step="post", color=colour, linewidth=0, label=label)
+        floor = floor + held_bytes
     logical = [step["logical_bytes"] for step in steps]
     held = [step["blocks"] * block_bytes for step in steps]
     axes.step(edges, stairs(held), where="post", color=INK, linewidth=1.2, label="blocks held")
@@ -48,14 +47,17 @@ def draw_bytes(canvas: Canvas, profile: Profile) -> None:
         edges, stairs(logical), where="post", color=VERMILION, linewidth=1.6, linestyle="--", label="without eviction"
     )
     prefill = sum(step["kind"] == "prefill" for step in steps)
-    axes.axvspan(0, prefill, color=ORANGE, alpha=0.2, linewidth=0, zorder=0, label="prefill steps")
+    axes.axvspan(0, prefill, color=GREY, alpha=0.2, linewidth=0, zorder=0, label="prefill steps")
     highest = max(*logical, *held) * 1.05
     for compaction in profile.compactions:
         axes.axvline(compaction.facts["step"], color=INK, linewidth=0.7, linestyle=(0, (1, 2)), zorder=0)
     first = profile.compactions[0].facts
     dense = -(-steps[-1]["logical_tokens"] // profile.engine["block_tokens"]) * block_bytes
     freed = first["source_blocks"] - first["target_blocks"]
-    mean = "" if profile.dealing == "equal" else " on average"
+    kept = f"{first['keep']:,} tokens{'' if profile.dealing == 'equal' else ' on average'}"
+    if profile.tiered:
+        exact, coded = (float(counts.mean()) for counts in (profile.held[0].exact.counts, profile.held[0].coded.counts))
+        kept = f"{exact:,.0f} exact + {coded:,.0f} coded (mean)"
     axes.set(xlim=(0, len(steps)), ylim=(0, highest))
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: size(value)))
@@ -66,6 +68,6 @@ def draw_bytes(canvas: Canvas, profile: Profile) -> None:
     title(
         canvas,
         "Bytes by tier over time",
-        f"first compaction: {first['resident_before']:,} to {first['keep']:,} tokens{mean}, {freed} of "
-        f"{first['source_blocks']} blocks given back; at the end {size(held[-1])} held instead of {size(dense)}",
+        f"compaction 1: {first['resident_before']:,} tokens to {kept}, {freed} of "
+        f"{first['source_blocks']} blocks given back; at the end {size(held[-1])}, not {size(dense)}",
     )
