@@ -38,17 +38,9 @@ def main() -> None:
         "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "2"),
     }
     tests = [str(path) for name in TESTS if (path := ROOT / "tests" / "unit" / name).exists()]
-    command = [
-        sys.executable,
-        "-m",
-        "pytest",
-        "-q",
-        "-p",
-        "no:cacheprovider",
-        "-x",
-        "--capture=sys",
-        *(arguments or tests),
-    ]
+    # Only Python's own output is captured: what a sanitizer says goes past Python, and must be seen.
+    options = ["-q", "-x", "-p", "no:cacheprovider", "--capture=sys"]
+    command = [sys.executable, "-m", "pytest", *options, *(arguments or tests)]
     sys.exit(subprocess.run(command, env=environment, cwd=ROOT, check=False).returncode)
 
 

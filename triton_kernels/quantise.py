@@ -21,7 +21,7 @@ def range_of(low: tl.tensor, high: tl.tensor, BITS: tl.constexpr) -> tl.tensor:
     largest: tl.constexpr = 65504.0
     some = low <= high
     zero = tl.minimum(tl.maximum(tl.where(some, low, 0.0) + 0.0, -largest), largest).to(tl.float16)
-    reach = tl.maximum(tl.where(some, high - zero.to(tl.float32), 0.0), 0.0)
+    reach = tl.maximum(tl.where(some, high - zero.to(tl.float32), 0.0), 0.0) + 0.0
     steps = tl.full(reach.shape, 2**BITS - 1, tl.float32)
     return tl.minimum(tl.div_rn(reach, steps), largest).to(tl.float16), zero
 

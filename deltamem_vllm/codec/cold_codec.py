@@ -100,7 +100,7 @@ def _quantise(tokens: Tensor, there: Tensor, along: int, bits: int) -> tuple[Ten
     high = torch.where(there, tokens, -torch.inf).amax(along, keepdim=True)
     # Adding 0.0: which zero a reduction finds first would decide the sign of -0.0.
     zero = (torch.where(low <= high, low, 0.0) + 0.0).clamp(-_LARGEST, _LARGEST).half()
-    reach = torch.where(low <= high, high - zero.float(), 0.0).clamp(min=0.0)
+    reach = torch.where(low <= high, high - zero.float(), 0.0).clamp(min=0.0) + 0.0
     scale = (reach / (2**bits - 1)).clamp(max=_LARGEST).half()
     # A range too small for float16 has scale 0: every code is 0 and stands for the zero.
     step = torch.where(scale > 0, scale.float(), 1.0)

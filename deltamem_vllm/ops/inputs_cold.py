@@ -71,9 +71,6 @@ def make_cold_tokens(
     counts = torch.randint(lowest, cold.capacity + 1, (pages,), generator=generator)
     absent = (torch.arange(cold.capacity) >= counts.unsqueeze(1)).unsqueeze(2)
     keys, values = (part.to(dtype) for part in parts)
-    if kind != "zeros":
-        # No range of negative zeros alone: `codec/cold_codec.py` gives it a scale of -0.0, which reads the same.
-        keys, values = keys + 0.0, values + 0.0
     keys, values = (part.masked_fill_(absent, float("nan")) for part in (keys, values))
     return ColdTokens(cold, keys, values, counts)
 

@@ -75,7 +75,7 @@ def _code(numbers: list[np.float32], bits: int) -> tuple[np.float16, np.float16,
         return np.float16(0), np.float16(0), [0] * len(numbers)
     with np.errstate(all="ignore"):
         zero = np.float16(min(max(min(numbers) + _F32(0), -_LARGEST), _LARGEST))  # + 0: a zero without its sign
-        reach = max(max(numbers) - _F32(zero), _F32(0))
+        reach = max(max(numbers) - _F32(zero), _F32(0)) + _F32(0)
         scale = np.float16(min(reach / _F32(most), _LARGEST))
         if scale == 0:
             return scale, zero, [0] * len(numbers)
