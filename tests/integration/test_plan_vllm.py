@@ -189,6 +189,7 @@ def test_page_tables_are_the_workers(name: str, ranks: int, tmp_path: Path, monk
     # As on a GPU: graphs, for the sizes that vLLM captures there.
     monkeypatch.setattr(worker, "has_graphs", lambda config: True)
     monkeypatch.setattr(config.compilation_config, "cudagraph_capture_sizes", captured_sizes(card, serving))
+    config.additional_config["deltamem"] = {"cold_bits": 0}  # what `auto` is there
     assert table_bytes(geometry, card, serving, 4096) == worker.table_bytes(config)
     assert worker.batch_limits(config)[0] == 64, "more than the slots: padding for graphs counts"
     config.additional_config["deltamem"] = {"dealing": "equal"}
