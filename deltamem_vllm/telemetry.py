@@ -82,7 +82,7 @@ METRICS: tuple[Metric, ...] = (
         "evicted_tokens",
         "evicted_tokens",
         "counter",
-        "Tokens whose KV entries were evicted, summed over requests.",
+        "KV slots that evictions freed, summed over requests. With cold pages, fewer tokens are gone.",
     ),
     Metric("freed_blocks", "freed_blocks", "counter", "KV blocks that compactions gave back to vLLM's pool."),
     Metric(

@@ -40,7 +40,7 @@ class Answer:
     text: str
     prompt_tokens: int
     seconds: float
-    levels: dict[str, int]
+    levels: dict[str, Any]
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -105,8 +105,12 @@ def show(server: LiveServer, question: Question) -> bool:
     resident = kept.prompt_tokens - evicted
     for name, tokens in (("without", whole.prompt_tokens), ("with", resident)):
         bar = "█" * max(round(BAR * tokens / whole.prompt_tokens), 1)
-        print(f"   {name:8} {bar:{BAR}} {tokens:5} tokens {tokens * token_bytes / 1e6:6.1f} MB")
-    print(f"   {evicted} tokens evicted, {freed} of {-(-kept.prompt_tokens // pool['block_tokens'])} blocks given back")
+        print(f"   {name:8} {bar:{BAR}} {tokens:5} slots {tokens * token_bytes / 1e6:6.1f} MB")
+    if kept.levels:
+        exact = round(kept.levels["tier_bytes"]["hot"] / token_bytes)
+        coded = kept.levels["cold_tokens"]
+        print(f"   a layer and head holds {exact} tokens in full and {coded} in fewer bits, on average")
+    print(f"   {freed} of {-(-kept.prompt_tokens // pool['block_tokens'])} blocks given back")
     print("   GET /deltamem/stats during the answer:")
     for name, answer in (("with", kept), ("without", whole)):
         print(f"     {name:8} {json.dumps(answer.levels) if answer.levels else 'the answer was faster'}")
@@ -126,7 +130,7 @@ def ask(server: LiveServer, question: Question, options: dict[str, Any]) -> Answ
 
     client = OpenAI(base_url=f"{server.url}/v1", api_key="none", timeout=600, max_retries=0)
     text, prompt_tokens = "", 0
-    levels: dict[str, int] = {}
+    levels: dict[str, Any] = {}
     began = time.monotonic()
     try:
         stream = client.chat.completions.create(
@@ -150,13 +154,13 @@ def ask(server: LiveServer, question: Question, options: dict[str, Any]) -> Answ
     return Answer(text.strip(), prompt_tokens, time.monotonic() - began, levels)
 
 
-def live_levels(server: LiveServer) -> dict[str, int]:
+def live_levels(server: LiveServer) -> dict[str, Any]:
     """Levels of the running request; empty if there is none any more or the engine was too busy to say."""
     try:
         levels = server.stats()["totals"]["levels"]
     except urllib.error.HTTPError:
         return {}
-    shown = ("resident_tokens", "logical_tokens", "resident_bytes", "logical_bytes")
+    shown = ("resident_tokens", "logical_tokens", "resident_bytes", "logical_bytes", "tier_bytes", "cold_tokens")
     return {name: levels[name] for name in shown} if levels["logical_tokens"] else {}
 
 
