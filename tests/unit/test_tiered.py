@@ -129,7 +129,7 @@ class OwnScale(Scorer):
     comparable = False
 
     def score(self, view: ScoreView) -> Tensor:
-        raise NotImplementedError
+        raise AssertionError("only what it says of itself is asked for here")
 
 
 def deal_by(prior: HeadPrior | None, scores: Tensor) -> tuple[Tensor, Tensor]:
