@@ -27,12 +27,14 @@ class TieredUtility:
     path: how each pair would use n pages for them.
     old: ``[L, H, E]`` float32, what each cold page is worth that there is already, ``-inf`` where there is none; None
         if there are none at all.
+    always: ``[L, H]`` float32, what the unprotected tokens in the pages that every pair has in any case are worth.
     """
 
     order: Tensor
     lengths: Tensor
     path: TierPath
     old: Tensor | None
+    always: Tensor
 
     @property
     def gains(self) -> Tensor:
@@ -54,9 +56,8 @@ class TieredUtility:
             path, old = gains[:, :heads], gains[:, heads:]
             rest = torch.cat([path[..., floor:].cummin(2).values, old], dim=2).sort(dim=2, descending=True).values
             gains = torch.cat([path[..., :floor], rest], dim=2)
-        # What every pair has in any case is worth as much as its best page after that.
-        first = torch.nn.functional.pad(gains, (0, 1))[..., floor : floor + 1].nan_to_num(neginf=0.0)
-        always = torch.where(gains[..., :floor] == float("inf"), first, gains[..., :floor])
+        # Not what the next page adds: that may be a cold one, with several times as many tokens.
+        always = (self.always / max(floor, 1)).unsqueeze(2).expand(-1, -1, floor)
         return deal_curve(torch.cat([always, gains[..., floor:]], dim=2), floor)
 
     def choose(self, budget: int, capacity: int, block_size: int) -> tuple[Tensor, ColdChoice]:
@@ -115,14 +116,15 @@ def tiered_utility(
     by_rank = _token_worth(combine(ranked.utility, ends), every.shape[2], block_size, floor)
     worth = torch.empty_like(by_rank).scatter_(2, ranked.order, by_rank)
     hot_worth = worth if every is scores else worth.gather(2, exact)
-    path = tier_path(hot_worth.gather(2, order), lengths, block_size, capacity, loss, floor)
+    exact_first = hot_worth.gather(2, order)
+    path = tier_path(exact_first, lengths, block_size, capacity, loss, floor)
     old = None
     if cold is not None and cold_scores is not None:
         mine = worth.gather(2, coded).masked_fill(~there, 0.0)
         old = mine.view(*lengths.shape, -1, capacity).sum(3) * (1.0 - loss)
         absent = torch.arange(old.shape[2], device=old.device) >= cold.counts.unsqueeze(2)
         old = old.masked_fill(absent, float("-inf"))
-    return TieredUtility(order, lengths, path, old)
+    return TieredUtility(order, lengths, path, old, exact_first[..., sink + recent : floor * block_size].sum(2))
 
 
 def _together(

@@ -246,19 +246,14 @@ def test_more_blocks_never_take_a_cold_page_away(case: Case, data: st.DataObject
 @QUICK
 @given(cases())
 def test_a_curve_is_what_the_dealt_pages_count(case: Case) -> None:
-    """What is retained: the pages of the floor, each as its pair's best after it, and the credit of those dealt."""
+    """What is retained: the free tokens in the pages of the floor, and the credit of the pages dealt."""
     rated = case.rate()
     blocks, mass = rated.curve(case.floor)
     assert blocks[0] == case.floor and mass[-1] == 1.0
     assert list(blocks) == sorted(set(blocks)) and list(mass) == sorted(mass) and mass[0] >= 0
     gains, heads = rated.gains.double(), case.lengths.shape[1]
     credit = torch.cat([gains[:, :heads].cummin(2).values, gains[:, heads:]], dim=1)
-    # In either half the pages of a pair descend, so that its best after the floor is the first of one of them.
-    firsts = [torch.nn.functional.pad(credit[:, :heads], (0, 1), value=-math.inf)[..., case.floor]]
-    if rated.old is not None:
-        firsts.append(torch.nn.functional.pad(credit[:, heads:], (0, 1), value=-math.inf)[..., 0])
-    best = torch.stack(firsts).amax(0).clamp(min=0)
-    always = float(best.sum()) * case.floor
+    always = float(rated.always.sum())
 
     def counted(budget: int) -> float:
         taken = deal_pages(rated.gains, budget * len(case.pairs))

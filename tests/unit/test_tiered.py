@@ -113,10 +113,16 @@ class TestCurve:
         assert rate(torch.rand(1, 2, 4), sink=2, recent=2).curve(2) == ((2,), (1.0,))
 
     def test_cold_pages_are_given_up_in_their_place(self) -> None:
-        """A page of the floor, 5.5 as the best after it; then 5.5, 2.0 and 1.5."""
+        """A page of the floor with two tokens of 5.5; then 5.5, 2.0 and 1.5."""
         blocks, mass = rate(torch.tensor([[[8.0, 1.0, 6.0, 1.0]]]), [[7.0, 5.0], [1.0, 1.0, 0.0]]).curve(1)
         assert blocks == (1, 2, 3, 4)
-        assert mass == pytest.approx([5.5 / 14.5, 11 / 14.5, 13 / 14.5, 1.0])
+        assert mass == pytest.approx([11 / 20, 16.5 / 20, 18.5 / 20, 1.0])
+
+    def test_protected_tokens_are_not_counted_with_what_stays_in_any_case(self) -> None:
+        """Of the two pages of the floor one token is free: it is worth 1, not as much as the cold page behind it."""
+        rated = rate(torch.tensor([[[9.0, 9.0, 9.0, *[1.0] * 9]]]), sink=2, recent=1)
+        assert rated.always.tolist() == [[1.0]]
+        assert rated.gains[0, 0, 2] == 2.0 and rated.curve(2)[1][0] == pytest.approx(1 / (1 + 8))
 
     def test_is_linear_without_worth(self) -> None:
         assert rate(torch.zeros(1, 2, 8)).curve(1) == ((1, 2, 3, 4), (0.25, 0.5, 0.75, 1.0))
