@@ -111,6 +111,10 @@ class DeltaMemConfig(BaseModel):
     seed: int = Field(default=0, ge=0)
     """Seed of scorers that draw random numbers (`random`). Others ignore it."""
 
+    dashboard: bool = True
+    """Whether the server has the page `/deltamem/dashboard`, and the routes it reads requests from. `/deltamem/stats`
+    and `/deltamem/config` are there in any case."""
+
     @model_validator(mode="after")
     def _recent_covers_window(self) -> DeltaMemConfig:
         if self.recent_tokens < self.window:
@@ -308,8 +312,10 @@ def _default(name: str) -> str:
 
 
 def _type_name(name: str) -> str:
-    annotation = str(DeltaMemConfig.__annotations__[name])
-    return "str" if annotation.startswith("Literal") else annotation.replace(" | None", " or null")
+    annotation = DeltaMemConfig.model_fields[name].annotation
+    if get_origin(annotation) is Literal:
+        return " or ".join(dict.fromkeys(type(choice).__name__ for choice in get_args(annotation)))
+    return str(DeltaMemConfig.__annotations__[name]).replace(" | None", " or null")
 
 
 def _allowed(name: str) -> str:

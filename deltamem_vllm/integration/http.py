@@ -1,9 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 # SPDX-FileCopyrightText: Copyright contributors to the deltamem project
-"""The JSON routes inside vLLM's API server, and the engine method they ask.
-
-Numbers are asked from the engines at the moment of the request. What an API server has heard itself is
-only its share: with several of them each step's stats reach one (see `metrics.py`).
+"""The JSON routes and the dashboard inside vLLM's API server.
 
 vLLM has a contract for routes (`vllm.endpoint_plugins`) but loads such plugins only when the environment
 variable VLLM_PLUGINS names them, which also turns every unnamed plugin off. `install` therefore hands our
@@ -12,22 +9,19 @@ plugin object, written to that contract, to the function that loads them.
 
 from __future__ import annotations
 
-import asyncio
 import functools
 import sys
 from argparse import Namespace
-from collections.abc import Awaitable, Callable
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
+
+from deltamem_vllm.config import DeltaMemConfig
 
 if TYPE_CHECKING:
     # This module is imported in every vLLM process; FastAPI and the engine only where they are in use.
     from fastapi import FastAPI
     from starlette.datastructures import State
     from vllm.engine.protocol import EngineClient
-
-# An engine answers between two steps, so this bounds the longest step that a reader waits for.
-ENGINE_TIMEOUT_S = 10.0
-_ENGINE_METHOD = "deltamem_stats"
 
 
 def install() -> None:
@@ -36,7 +30,9 @@ def install() -> None:
     if "vllm.v1.engine.core" in sys.modules:
         # Not imported for its own sake: it costs every `vllm` command two seconds. Engine processes have
         # it loaded when they load plugins; in all other cases the scheduler's constructor comes later.
-        install_engine_rpc()
+        from deltamem_vllm.integration import engine_rpc
+
+        engine_rpc.install()
 
 
 def _install_endpoint() -> None:
@@ -53,34 +49,8 @@ def _with_our_endpoint(load: Callable[..., list[Any]]) -> Callable[..., list[Any
     return load_endpoint_plugins
 
 
-def install_engine_rpc() -> None:
-    """Give EngineCore the utility method `deltamem_stats`.
-
-    Called by the scheduler's constructor as well as by `install`: the scheduler is always built in the
-    process of its engine, however that process was started and whether or not plugins were loaded anew.
-    """
-    from vllm.v1.engine.core import EngineCore
-
-    EngineCore.deltamem_stats = _engine_stats  # type: ignore[attr-defined]
-
-
-def _engine_stats(engine: Any) -> dict[str, Any]:
-    """Run in the engine: its number and what its scheduler counted.
-
-    Returns
-    -------
-    dict
-        `{"engine": int, "active": True, ...scheduler.deltamem_stats()}`, or `active: False` alone when the
-        scheduler is not ours.
-    """
-    # Only engines in a process of their own are numbered; the in-process one is alone.
-    answer = {"engine": getattr(engine, "engine_index", 0)}
-    report = getattr(engine.scheduler, _ENGINE_METHOD, None)
-    return {**answer, "active": False} if report is None else {**answer, "active": True, **report()}
-
-
 class DeltaMemEndpoint:
-    """`GET /deltamem/stats` and `/deltamem/config`, to vLLM's EndpointPlugin contract.
+    """The routes under `/deltamem`, to vLLM's EndpointPlugin contract.
 
     Whether the policy is on is known for sure only from the engine's config, which arrives in `init_state`;
     so the app is remembered first and gets its routes there. Without the flag it gets none.
@@ -100,34 +70,37 @@ class DeltaMemEndpoint:
         """Add the routes if the policy is on (vLLM's phase B)."""
         if engine_client is None:  # the render server has no engine, so nothing to report
             return
+        from deltamem_vllm.integration.engine_source import EngineSource
         from deltamem_vllm.integration.metrics import model_name, resolved_config
-        from deltamem_vllm.server.routes import create_router
+        from deltamem_vllm.integration.request_validation import refusals
+        from deltamem_vllm.server.answers import Answers
+        from deltamem_vllm.server.auth import ApiKeys
+        from deltamem_vllm.server.dashboard.pages import create_pages_router
+        from deltamem_vllm.server.routes import create_requests_router, create_router
 
         config = resolved_config(engine_client.vllm_config)
         if config is None:
             return
         if self._app is None:
             raise RuntimeError("vLLM called init_state before attach_router; this vLLM is not supported")
-        model = model_name(engine_client.model_config)
-        self._app.include_router(create_router(_fetcher(engine_client), config, model))
+        answers = Answers(EngineSource(engine_client), refusals, model_name(engine_client.model_config))
+        keys, shown = ApiKeys(_api_keys(args)), DeltaMemConfig.from_dict(config).dashboard
+        self._app.include_router(create_router(answers, config, keys, ids=shown))
+        if shown:
+            self._app.include_router(create_requests_router(answers, keys, lambda: _closing(state)))
+            self._app.include_router(create_pages_router())
         self._app.openapi_schema = None  # vLLM builds the schema once; ours must be in it
 
 
-def _fetcher(engine_client: Any) -> Callable[[], Awaitable[list[dict[str, Any]]]]:
-    """Return the function that asks every engine this API server talks to."""
-    from deltamem_vllm.server.routes import StatsUnavailable
+def _api_keys(args: Namespace) -> list[str]:
+    """The keys that vLLM asks for: those of the flag, else the one of the environment variable."""
+    from vllm import envs
 
-    async def fetch() -> list[dict[str, Any]]:
-        call = engine_client.engine_core.call_utility_all_async(_ENGINE_METHOD)
-        try:
-            reports: list[dict[str, Any]] = await asyncio.wait_for(call, ENGINE_TIMEOUT_S)
-        except TimeoutError:
-            raise StatsUnavailable(f"the engine did not answer within {ENGINE_TIMEOUT_S:g} s") from None
-        except Exception as error:  # vLLM reports a failed utility call as a bare Exception
-            raise StatsUnavailable(f"{type(error).__name__}: {error}") from error
-        off = [report["engine"] for report in reports if not report["active"]]
-        if off:
-            raise StatsUnavailable(f"engines {off} run without the deltamem scheduler")
-        return reports
+    return [key for key in (getattr(args, "api_key", None) or [envs.VLLM_API_KEY]) if key]
 
-    return fetch
+
+def _closing(state: State) -> bool:
+    """Whether the server was told to stop. It then waits for open connections, so streams have to end by themselves."""
+    # vLLM puts its uvicorn server there when it starts to serve.
+    server = getattr(state, "server", None)
+    return server is not None and bool(server.should_exit)

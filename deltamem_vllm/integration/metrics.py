@@ -17,16 +17,18 @@ import logging
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from prometheus_client import REGISTRY, CollectorRegistry, Counter, Gauge
+from prometheus_client import REGISTRY, CollectorRegistry, Counter, Gauge, Histogram
 from vllm.config import ModelConfig, VllmConfig
 from vllm.v1.metrics.loggers import AggregateStatLoggerBase
 from vllm.v1.metrics.stats import IterationStats, MultiModalCacheStats, SchedulerStats
 
 from deltamem_vllm import __version__
 from deltamem_vllm.config import CONFIG_KEY, is_active
-from deltamem_vllm.telemetry import CARRIER_PREFIX, METRICS, Metric, decode, metric
+from deltamem_vllm.telemetry import CARRIER_PREFIX, METRICS, Metric, decode, metric, share
 
 logger = logging.getLogger(__name__)
+
+Collector = Counter | Gauge | Histogram
 
 POLICY_INFO = "deltamem_policy_info"
 # Older than any real update but not 0: prometheus_client drops "mostrecent" samples with timestamp 0.
@@ -57,7 +59,7 @@ class Exporter:
     ) -> None:
         self._model_name = model_name
         self._registry = registry
-        self._collectors: dict[str, Counter | Gauge] = {row.key: _collector(row, registry) for row in METRICS}
+        self._collectors: dict[str, Collector] = {row.key: _collector(row, registry) for row in METRICS}
         facts = {
             "policy": "deltamem",
             "version": __version__,
@@ -80,8 +82,16 @@ class Exporter:
                 self._show_zero(row, model_name)
 
     def record(self, row: Metric, label: str | None, amount: int, engine: int) -> None:
-        """Apply one number of a drained telemetry: the growth of a counter or the new value of a level."""
+        """Apply one number of a drained telemetry: the growth of a counter or histogram, or a level's new value."""
+        if row.kind == "histogram":
+            assert label is not None, "a histogram travels by permille"
+            histogram = self._child(row, self._model_name, str(engine))
+            assert isinstance(histogram, Histogram)
+            for _ in range(amount):
+                histogram.observe(share(int(label)))
+            return
         child = self._child(row, self._model_name, str(engine), *(() if label is None else (label,)))
+        assert not isinstance(child, Histogram)
         if isinstance(child, Counter):
             child.inc(row.public_value(amount))
         else:
@@ -89,14 +99,16 @@ class Exporter:
 
     def count_refused(self, reason: str) -> None:
         """Count a request that this process refused."""
-        self._child(metric("requests_refused"), self._model_name, reason).inc()
+        refused = self._child(metric("requests_refused"), self._model_name, reason)
+        assert isinstance(refused, Counter)
+        refused.inc()
 
     def close(self) -> None:
         """Free the metric names for the next exporter in this process."""
         for collector in (*self._collectors.values(), self._info):
             self._registry.unregister(collector)
 
-    def _child(self, row: Metric, *labels: str) -> Counter | Gauge:
+    def _child(self, row: Metric, *labels: str) -> Collector:
         return self._collectors[row.key].labels(*labels)
 
     def _show_zero(self, row: Metric, *labels: str) -> None:
@@ -108,9 +120,11 @@ class Exporter:
                 child._value.set(0.0, timestamp=_BEFORE_ANY_UPDATE)
 
 
-def _collector(row: Metric, registry: CollectorRegistry) -> Counter | Gauge:
+def _collector(row: Metric, registry: CollectorRegistry) -> Collector:
     if row.kind == "counter":
         return Counter(row.public_name, row.help, row.labels, registry=registry)
+    if row.kind == "histogram":
+        return Histogram(row.public_name, row.help, row.labels, registry=registry, buckets=row.buckets)
     return Gauge(row.public_name, row.help, row.labels, registry=registry, multiprocess_mode="mostrecent")
 
 

@@ -13,7 +13,9 @@ from typing import Any
 from vllm.v1.request import Request
 
 from deltamem_vllm.config import DeltaMemConfig
+from deltamem_vllm.integration.avoided import preemptions_avoided
 from deltamem_vllm.integration.manager import Admission, DeltaMemManager
+from deltamem_vllm.integration.policy_counts import PolicyCounts, Reason
 from deltamem_vllm.memory.admission import peak_blocks, reserve_blocks
 from deltamem_vllm.memory.budgets import budget_for, cdiv
 from deltamem_vllm.memory.curves import UtilityCurve
@@ -57,6 +59,7 @@ class Policy:
     ----------
     governed: request id -> state, for every live request the policy applies to.
     usable_blocks: of the pool.
+    counts: what was decided.
     """
 
     def __init__(
@@ -73,7 +76,7 @@ class Policy:
         self._config = config
         self._vllm_config = vllm_config
         self._manager = manager
-        self._telemetry = telemetry
+        self.counts = PolicyCounts(telemetry)
         self._max_model_len = max_model_len
         self._size: int = manager.block_size
         self._rule = PressureRule(config.high_watermark, config.low_watermark, rest_tokens=config.interval)
@@ -114,8 +117,8 @@ class Policy:
 
     def preempted(self, request_id: str) -> None:
         """vLLM took a request's blocks: it will be computed again."""
-        if request_id in self._manager.evicted:
-            self._telemetry.count("preempted_compacted")
+        held = len(self._manager.req_to_blocks.get(request_id, ()))
+        self.counts.preempted(request_id, request_id in self._manager.evicted, held)
         if request_id in self.governed:
             self.governed[request_id].start_over()
         # A request may not be preempted to keep a reserve that nobody is left to use.
@@ -133,11 +136,15 @@ class Policy:
         free_seats: how many of them may start.
         """
         self._manager.reserve = self._reserve_wanted(running)
+        free = self._manager.block_pool.get_num_free_blocks()
         work = StepWork()
         started = [r for r in running if r.request_id in self.governed and r.num_computed_tokens > 0]
         self._compact_what_is_due(started, work)
         self._relieve(running, started, waiting, free_seats, work)
         self._compact_if_short(running, started, work)
+        if work.compactions:
+            config = self._vllm_config.scheduler_config
+            self.counts.avoided(preemptions_avoided(running, self._manager, work.compactions, free, config))
         return work
 
     def answers(self, curves: dict[str, UtilityCurve]) -> None:
@@ -159,7 +166,7 @@ class Policy:
                 continue
             keep = state.budget.due(logical, resident, self._size, state.curve)
             if keep is not None:
-                self._compact(request, keep, work)
+                self._compact(request, keep, work, "budget")
 
     def _relieve(
         self,
@@ -199,9 +206,7 @@ class Policy:
             kept = relieve([self._holding(r) for r in givers], pool, self._rule)
         for request in givers:
             if request.request_id in kept:
-                taken = len(self._manager.req_to_blocks[request.request_id]) - kept[request.request_id]
-                if self._compact(request, kept[request.request_id] * self._size, work):
-                    self._telemetry.count("pressure_blocks", taken)
+                self._compact(request, kept[request.request_id] * self._size, work, "pressure")
 
     def _compact_if_short(self, running: Sequence[Request], started: Sequence[Request], work: StepWork) -> None:
         """As far as this step would otherwise not fit: vLLM would preempt a request instead.
@@ -219,7 +224,7 @@ class Policy:
             if keep is None or any(plan.request_id == request.request_id for plan in work.compactions):
                 continue
             free = manager.block_pool.get_num_free_blocks()
-            self._compact(request, keep, work)
+            self._compact(request, keep, work, "short")
             short -= manager.block_pool.get_num_free_blocks() - free
 
     # ---- the pool ----------------------------------------------------------------------------------------------
@@ -299,7 +304,7 @@ class Policy:
         """Ask what a request is worth; ``last``: before the compaction of this step."""
         state = self.governed[request_id]
         state.ask(logical)
-        self._telemetry.count("probes")
+        self.counts.probed()
         work.probes.append(
             Probe(
                 request_id=request_id,
@@ -315,7 +320,7 @@ class Policy:
             )
         )
 
-    def _compact(self, request: Request, keep: int, work: StepWork) -> bool:
+    def _compact(self, request: Request, keep: int, work: StepWork, reason: Reason) -> None:
         """Do the accounting of one compaction: all of it, or nothing and a counted reason."""
         manager, request_id = self._manager, request.request_id
         state = self.governed[request_id]
@@ -323,10 +328,10 @@ class Policy:
         blocks = cdiv(keep, self._size)
         if manager.owned_share(request_id) <= blocks:
             # Shared blocks are freed by their last owner: private survivors would take more than the request's part.
-            return self._skip(state, logical, "shared_prefix")
+            return self._skip(request_id, logical, "shared_prefix")
         in_place = not manager.can_copy(keep)
         if in_place and not manager.can_pack(request_id):
-            return self._skip(state, logical, "no_free_blocks")
+            return self._skip(request_id, logical, "no_free_blocks")
         source, target = manager.compact(request_id, keep, logical - keep, in_place)
         serial = 0
         if state.dealing != "equal":
@@ -337,9 +342,6 @@ class Policy:
             # The worker rates all tokens anyway: what the survivors are worth costs little more now, and much later.
             self._ask(request_id, source, resident, logical, work, last=True)
         state.compacted(logical, blocks, resident // self._size)
-        self._telemetry.count("compactions")
-        self._telemetry.count("evicted_tokens", resident - keep)
-        self._telemetry.count("freed_blocks", len(source) - len(target))
         work.compactions.append(
             CompactionPlan(
                 request_id=request_id,
@@ -360,9 +362,8 @@ class Policy:
                 cold=state.cold,
             )
         )
-        return True
+        self.counts.compacted(work.compactions[-1], reason)
 
-    def _skip(self, state: Governed, logical: int, reason: str) -> bool:
-        self._telemetry.count("skipped", label=reason)
-        state.skipped(logical)
-        return False
+    def _skip(self, request_id: str, logical: int, reason: str) -> None:
+        self.counts.skipped(request_id, reason, logical)
+        self.governed[request_id].skipped(logical)

@@ -192,8 +192,9 @@ CONFIG_REFUSALS: tuple[Refusal[VllmConfig], ...] = (
     ),
     Refusal(
         "KV connector",
+        # Offloading, which has a row of its own, is done by a connector that nobody asked for by name.
         lambda c: _when(
-            c.kv_transfer_config is not None,
+            c.kv_transfer_config is not None and c.cache_config.kv_offloading_size is None,
             f"kv_connector={getattr(c.kv_transfer_config, 'kv_connector', None)}",
         ),
         "KV memory of this server alone",

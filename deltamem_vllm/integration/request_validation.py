@@ -20,7 +20,16 @@ from deltamem_vllm.config import DeltaMemConfig, is_active
 from deltamem_vllm.integration import ledger
 from deltamem_vllm.memory.admission import peak_blocks
 from deltamem_vllm.memory.budgets import budget_for
-from deltamem_vllm.request_options import KEEP_RATIO, KEEP_TOKENS, POLICY, RequestOptionError, RequestOptions, own_args
+from deltamem_vllm.memory.events import RefusalLog
+from deltamem_vllm.request_options import (
+    KEEP_RATIO,
+    KEEP_TOKENS,
+    KEYS,
+    POLICY,
+    RequestOptionError,
+    RequestOptions,
+    own_args,
+)
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
@@ -30,6 +39,10 @@ REASONS = ("policy_inactive", "bad_option", "streaming_session", "prompt_logprob
 
 on_refused: list[Callable[[str], None]] = []
 """Called with one of `REASONS` for each refused request, in the process that refuses it."""
+
+# Nothing is shown of it while the policy is off.
+refusals = RefusalLog(reason for reason in REASONS if reason != "policy_inactive")
+"""What this process refused."""
 
 
 class RequestRefused(VLLMValidationError, ValueError):
@@ -121,8 +134,7 @@ def check_fits(options: RequestOptions, prompt_len: int, max_tokens: int, vllm_c
             "does_not_fit",
             f"prompt of {prompt_len} tokens with max_tokens={max_tokens} needs up to {need} KV-cache blocks "
             f"at once (policy {_budget_in_words(options)}), the pool has {pool}; shorten the prompt, lower "
-            f"max_tokens or {KEEP_RATIO if options.keep_tokens is None else KEEP_TOKENS}, or give the server more "
-            "KV memory",
+            f"max_tokens, {_less_memory(options)}, or give the server more KV memory",
             "max_tokens",
         )
 
@@ -134,9 +146,18 @@ def _budget_in_words(options: RequestOptions) -> str:
     return f"on, {kept}, min_tokens={options.min_tokens}"
 
 
+def _less_memory(options: RequestOptions) -> str:
+    if not options.enabled:
+        return f"do without {POLICY}=off"
+    return f"lower {KEEP_RATIO if options.keep_tokens is None else KEEP_TOKENS}"
+
+
 def _refuse(reason: str, message: str, parameter: str | None = None, value: object = None) -> NoReturn:
     for listener in on_refused:
         listener(reason)
+    # Of an option neither its value nor a name that we do not know: clients write them. Other messages hold numbers.
+    detail = message if reason != "bad_option" else parameter if parameter in KEYS else "an option that is not known"
+    refusals.add(reason, detail)
     raise RequestRefused(message, parameter=parameter, value=value)
 
 

@@ -8,6 +8,7 @@ that can go stale: a request that is preempted, aborted or finished simply no lo
 
 from __future__ import annotations
 
+import time
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -19,7 +20,8 @@ from vllm.v1.outputs import ModelRunnerOutput
 from vllm.v1.request import Request
 
 from deltamem_vllm.config import DeltaMemConfig
-from deltamem_vllm.integration import http, spec
+from deltamem_vllm.integration import engine_rpc, request_view, spec
+from deltamem_vllm.integration.levels import Levels
 from deltamem_vllm.integration.manager import DeltaMemManager
 from deltamem_vllm.integration.policy import Policy
 from deltamem_vllm.memory.plans import StepPlan
@@ -43,7 +45,7 @@ class DeltaMemSchedulerMixin:
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        http.install_engine_rpc()
+        engine_rpc.install()
         managers = self.kv_cache_manager.coordinator.single_type_managers
         if len(managers) != 1 or not isinstance(managers[0], DeltaMemManager):
             raise RuntimeError(
@@ -61,6 +63,7 @@ class DeltaMemSchedulerMixin:
         group = self.kv_cache_config.kv_cache_groups[0]
         # Bytes of one token in every layer, on one tensor-parallel rank.
         self._token_bytes = len(group.layer_names) * group.kv_cache_spec.page_size_bytes / self._block_size
+        self._levels = Levels(self.deltamem_manager, self.deltamem_policy.governed, self.deltamem, self._token_bytes)
 
     # ---- life of a request -------------------------------------------------------------------------------------
 
@@ -81,7 +84,9 @@ class DeltaMemSchedulerMixin:
 
     def schedule(self, *args: Any, **kwargs: Any) -> SchedulerOutput:
         seats = self.max_num_running_reqs - len(self.running)
+        began = time.perf_counter_ns()
         work = self.deltamem_policy.step(self.running, self.waiting, seats)
+        self.deltamem.count("policy_ns", time.perf_counter_ns() - began)
         output: SchedulerOutput = super().schedule(*args, **kwargs)  # type: ignore[misc]
         manager = self.deltamem_manager
         # Requests preempted in this very step are gone from `evicted`. The others get the blocks just allocated, too.
@@ -112,33 +117,15 @@ class DeltaMemSchedulerMixin:
     def make_stats(self, *args: Any, **kwargs: Any) -> SchedulerStats | None:
         stats: SchedulerStats | None = super().make_stats(*args, **kwargs)  # type: ignore[misc]
         if stats is not None:
-            self._measure_levels()
+            self._levels.measure(self.running)
             # The stats are msgspec-encoded: this str -> int field is the carrier, and our stat logger takes our keys
             # out again before vLLM's own loggers read it.
             stats.num_kv_fetch_reqs_by_stage.update(self.deltamem.drain())
         return stats
 
-    def _measure_levels(self) -> None:
-        evicted = self.deltamem_manager.evicted
-        logical = sum(r.num_computed_tokens for r in self.running)
-        resident = logical - sum(evicted.values())
-        level = self.deltamem.level
-        level("logical_tokens", logical)
-        level("resident_tokens", resident)
-        level("logical_bytes", int(logical * self._token_bytes))
-        level("resident_bytes", int(resident * self._token_bytes))
-        held = self.deltamem_manager.cold_held()
-        cold = held.blocks * self._block_size * self._token_bytes
-        level("tier_bytes", int(resident * self._token_bytes - cold), label="hot")
-        level("tier_bytes", int(cold), label="cold")
-        level("cold_tokens", int(held.tokens))
-        level("compacted_requests", len(evicted))
-        level("dealt_requests", len(self.deltamem_manager.dealt))
-        level("reserve_blocks", self.deltamem_manager.reserve)
-
     def deltamem_stats(self) -> dict[str, Any]:
-        """Cumulative counters and current levels, for ``GET /deltamem/stats``."""
-        self._measure_levels()
+        """Cumulative counters, current levels and the last events, for ``GET /deltamem/stats``."""
+        self._levels.measure(self.running, everything=True)
         running, waiting = self.get_request_counts()  # type: ignore[attr-defined]
         return {
             "active": True,
@@ -154,7 +141,17 @@ class DeltaMemSchedulerMixin:
                 "waiting": waiting,
                 "compacted": len(self.deltamem_manager.evicted),
             },
+            "recent": self.deltamem_policy.counts.events.newest_first(),
         }
+
+    def deltamem_requests(self, limit: int) -> dict[str, Any]:
+        """The live requests that hold most, for ``GET /deltamem/requests``."""
+        governed = self.deltamem_policy.governed
+        return request_view.rows(self.requests.values(), self.deltamem_manager, governed, self._token_bytes, limit)
+
+    def deltamem_held(self, request_id: str) -> request_view.Held | str:
+        """What a request holds, or why it holds nothing, for ``GET /deltamem/requests/{id}/layers``."""
+        return request_view.held(request_id, self.requests, self.deltamem_manager)
 
 
 class DeltaMemScheduler(DeltaMemSchedulerMixin, Scheduler):

@@ -22,6 +22,7 @@ from deltamem_vllm.integration.calibrations import bind_scorers, find_calibratio
 from deltamem_vllm.integration.compactor import Compactor
 from deltamem_vllm.integration.dealt_batch import DealtBatch
 from deltamem_vllm.integration.dealt_read import READERS, ReadsDealtPages
+from deltamem_vllm.integration.layers_view import tokens_by_pair
 from deltamem_vllm.integration.paged_attention import cold_tier, install_kernel
 from deltamem_vllm.integration.refusals import check_supported
 from deltamem_vllm.integration.resident import ResidentRows, StepState
@@ -57,6 +58,7 @@ class WorkerMemory:
         scorers = {name: load_scorer(name) for name in config.scorers}
         layers = attention_layers(vllm_config, runner.kv_cache_config)
         caches = [layer.kv_cache for layer in layers]
+        self._shape = len(caches), caches[0].shape[1]
         max_requests, max_tokens = batch_limits(vllm_config)
         device = caches[0].device
         calibration = find_calibration(vllm_config, config)
@@ -105,6 +107,11 @@ class WorkerMemory:
         if self.dealt is not None:
             self.dealt.tables.keep_only(output.deltamem.dealt)
         self.hooks.begin_step(output)
+
+    def tokens_by_pair(self, request_id: str, serial: int, resident: int) -> dict[str, list[list[float]]]:
+        """What each (layer, kv head) of a running request holds; see `layers_view`."""
+        tables = None if self.dealt is None else self.dealt.tables
+        return tokens_by_pair(tables, self._shape, request_id, serial, resident)
 
     def take_report(self) -> dict[str, Any]:
         """What the scheduler reads off the step's output: news since the last call, by attribute."""
@@ -162,6 +169,11 @@ class DeltaMemWorkerMixin:
 
     def sample_tokens(self, *args: Any, **kwargs: Any) -> Any:
         return self._with_report(super().sample_tokens(*args, **kwargs))  # type: ignore[misc]
+
+    def deltamem_layers(self, request_id: str, serial: int, resident: int) -> dict[str, list[list[float]]]:
+        """Asked by the engine, between two steps, what this rank holds of a running request."""
+        assert self.deltamem is not None, "requests run only once there is a KV cache"
+        return self.deltamem.tokens_by_pair(request_id, serial, resident)
 
     def _with_report(self, output: Any) -> Any:
         """Send timings, utility curves and tiers to the scheduler: the step's output is pickled with its attributes."""

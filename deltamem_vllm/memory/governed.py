@@ -23,6 +23,7 @@ class Governed:
         as long as no worker has answered.
     tried_at: tokens it had seen at its last compaction, done or skipped; None before the first.
     asked_at: tokens it had seen when a worker was last asked for a curve; None before the first.
+    compactions: done since it arrived.
     """
 
     budget: Budget
@@ -33,6 +34,7 @@ class Governed:
     curve: UtilityCurve | None = None
     tried_at: int | None = None
     asked_at: int | None = None
+    compactions: int = 0
     _drawn_at: int = 0
     """Tokens it had seen when ``curve`` was right."""
     _lost_at: int = 0
@@ -98,6 +100,7 @@ class Governed:
     def compacted(self, logical_len: int, blocks: int, whole: int) -> None:
         """Its ``whole`` full blocks were cut to ``blocks``; so will be the answer to an earlier probe."""
         self.tried_at = logical_len
+        self.compactions += 1
         if self._pending:
             self._cut = (blocks if self._cut is None else min(self._cut[0], blocks), logical_len)
         curve = self.curve_now(logical_len, whole)

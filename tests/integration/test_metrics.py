@@ -16,7 +16,6 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from fastapi import FastAPI
 from prometheus_client import generate_latest
 from prometheus_client.parser import text_string_to_metric_families
 from vllm.v1.metrics.loggers import AggregateStatLoggerBase
@@ -24,7 +23,7 @@ from vllm.v1.metrics.prometheus import get_prometheus_registry
 from vllm.v1.metrics.stats import SchedulerStats
 
 from deltamem_vllm import __version__
-from deltamem_vllm.integration import http, request_validation
+from deltamem_vllm.integration import request_validation
 from deltamem_vllm.integration.metrics import DeltaMemStatLogger
 from deltamem_vllm.telemetry import METRICS, Telemetry, metric
 
@@ -89,6 +88,10 @@ def test_every_series_is_there_before_the_first_request(stat_logger: DeltaMemSta
         if row.label is None or row.initial:
             series = [value for (name, _), value in samples.items() if name == row.public_name]
             engines = 2 if row.side == "engine" else 1
+            if row.kind == "histogram":
+                series = [value for (name, _), value in samples.items() if name == f"{row.public_name}_bucket"]
+                assert series == [0.0] * engines * (len(row.buckets) + 1)
+                continue
             assert series == [0.0] * engines * len(row.initial or (None,)), row.public_name
     facts = {key: str(value) for key, value in CONFIG.items()}
     for engine in "01":
@@ -119,8 +122,29 @@ def test_deltas_and_levels_of_two_engines(stat_logger: DeltaMemStatLogger) -> No
         assert _value(samples, "deltamem_tier_bytes", engine=engine, tier="hot") == 4096 * (index + 1)
 
 
+def test_scraped_buckets_are_those_of_the_engine(stat_logger: DeltaMemStatLogger) -> None:
+    engines = [Telemetry(), Telemetry()]
+    for step in range(1, 30):
+        for index, telemetry in enumerate(engines):
+            telemetry.observe("kept_share", step, 29 * (index + 1))
+            if step % 7 == 0:
+                _record(stat_logger, _step(telemetry), index)
+    for index, telemetry in enumerate(engines):
+        _record(stat_logger, _step(telemetry), index)
+    samples = _samples(_scrape())
+    for index, telemetry in enumerate(engines):
+        told = telemetry.totals()["histograms"]["kept_share"]
+        assert told["count"] == 29
+        engine = str(index)
+        assert _value(samples, "deltamem_kept_share_count", engine=engine) == 29
+        assert _value(samples, "deltamem_kept_share_sum", engine=engine) == pytest.approx(told["sum"])
+        for bound, count in told["buckets"].items():
+            assert _value(samples, "deltamem_kept_share_bucket", engine=engine, le=bound) == count
+
+
 def test_promtool_finds_nothing_to_say(stat_logger: DeltaMemStatLogger) -> None:
     telemetry = Telemetry()
+    telemetry.observe("kept_share", 1, 4)
     telemetry.count("skipped", label="no_free_blocks")
     _record(stat_logger, _step(telemetry), 0)
     request_validation.on_refused[-1]("bad_option")
@@ -203,6 +227,7 @@ def test_two_api_servers_show_exact_sums(tmp_path: Path) -> None:
             engines[index].count("evicted_tokens", chance.randrange(1000))
             engines[index].count("scoring_us", chance.randrange(1_000_000))
             engines[index].count("skipped", label=chance.choice(["no_free_blocks", "shared_prefix"]))
+            engines[index].observe("kept_share", chance.randrange(1, 100), 100)
             engines[index].level("resident_tokens", 1000 * (index + 1) + step)
             share.append((index, engines[index].drain()))
         if share is first:
@@ -232,111 +257,13 @@ def test_two_api_servers_show_exact_sums(tmp_path: Path) -> None:
         for reason, times in counters["compactions_skipped"].items():
             skipped = _value(shown, "deltamem_compactions_skipped_total", engine=engine, reason=reason)
             assert skipped == times
+        kept = telemetry.totals()["histograms"]["kept_share"]
+        for bound, count in kept["buckets"].items():
+            assert _value(shown, "deltamem_kept_share_bucket", engine=engine, le=bound) == count
+        assert _value(shown, "deltamem_kept_share_count", engine=engine) == kept["count"] > 0
         assert _value(shown, "deltamem_resident_tokens", engine=engine) == levels["resident_tokens"]
         # A server that starts late and has heard nothing must not hide what the other one knows.
         early = _value(_samples(late_start), "deltamem_resident_tokens", engine=engine)
         assert early == after_first[index]
         assert _value(_samples(late_start), "deltamem_logical_tokens", engine=engine) == 0
     _assert_clean(end)
-
-
-# ---- the JSON routes in vLLM ----------------------------------------------------------------------------
-
-
-def test_endpoint_is_handed_to_vllm_once() -> None:
-    import vllm.plugins
-
-    http.install()
-    http.install()
-    loaded = vllm.plugins.load_endpoint_plugins(("generate",))
-    assert [type(plugin) for plugin in loaded].count(http.DeltaMemEndpoint) == 1
-
-
-class _Engine:
-    """The part of AsyncLLM that the endpoint reads."""
-
-    def __init__(self, additional_config: dict[str, Any], answers: Any) -> None:
-        self.vllm_config = _vllm_config(additional_config)
-        self.model_config = self.vllm_config.model_config
-        self.engine_core = self
-        self._answers = answers
-
-    async def call_utility_all_async(self, method: str) -> Any:
-        assert method == "deltamem_stats"
-        return await self._answers()
-
-
-async def _attached(engine: _Engine | None) -> FastAPI:
-    from argparse import Namespace
-
-    from vllm.plugins.endpoint_plugins import interface
-
-    http.install()
-    app = FastAPI()
-    interface.attach_endpoint_plugins(app, ("generate",))
-    await interface.init_endpoint_plugins_state(engine, app.state, Namespace())  # type: ignore[arg-type]
-    return app
-
-
-def _paths(app: FastAPI) -> set[str]:
-    return {path for path in app.openapi()["paths"] if path.startswith("/deltamem")}
-
-
-def _get(app: FastAPI, path: str) -> Any:
-    from fastapi.testclient import TestClient
-
-    return TestClient(app).get(path)
-
-
-def _attach(engine: _Engine | None) -> FastAPI:
-    import asyncio
-
-    return asyncio.run(_attached(engine))
-
-
-def test_routes_exist_only_with_the_flag() -> None:
-    async def nothing() -> list[Any]:
-        return []
-
-    assert _paths(_attach(None)) == set(), "the render server has no engine"
-    assert _paths(_attach(_Engine({}, nothing))) == set()
-    app = _attach(_Engine({"deltamem": CONFIG}, nothing))
-    assert _paths(app) == {"/deltamem/stats", "/deltamem/config"}
-    assert _get(app, "/deltamem/config").json()["config"] == CONFIG
-
-
-def test_failed_engine_call_is_503(monkeypatch: pytest.MonkeyPatch) -> None:
-    import asyncio
-
-    async def fail() -> list[Any]:
-        raise Exception("Call to deltamem_stats method failed: boom")
-
-    async def hang() -> list[Any]:
-        await asyncio.sleep(3600)
-        return []
-
-    async def off() -> list[Any]:
-        return [{"engine": 1, "active": False}]
-
-    monkeypatch.setattr(http, "ENGINE_TIMEOUT_S", 0.05)
-    for answers, reason in (
-        (fail, "Exception: Call to deltamem_stats method failed: boom"),
-        (hang, "the engine did not answer within 0.05 s"),
-        (off, "engines [1] run without the deltamem scheduler"),
-    ):
-        answer = _get(_attach(_Engine({"deltamem": CONFIG}, answers)), "/deltamem/stats")
-        assert (answer.status_code, answer.json()) == (503, {"reason": reason})
-
-
-def test_engine_method_reports_the_scheduler_and_its_number() -> None:
-    from vllm.v1.engine.core import EngineCore
-
-    http.install_engine_rpc()
-    method: Any = EngineCore.deltamem_stats  # type: ignore[attr-defined]
-    ours = SimpleNamespace(deltamem_stats=lambda: {"totals": {}})
-    assert method(SimpleNamespace(scheduler=ours, engine_index=3)) == {
-        "engine": 3,
-        "active": True,
-        "totals": {},
-    }
-    assert method(SimpleNamespace(scheduler=object())) == {"engine": 0, "active": False}

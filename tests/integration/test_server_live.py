@@ -5,25 +5,19 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
-import signal
-import socket
 import subprocess
-import sys
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import httpx
 import pytest
 from prometheus_client.mmap_dict import MmapedDict
-from prometheus_client.parser import text_string_to_metric_families
 
 from deltamem_vllm.telemetry import METRICS
+from tests.support.live_vllm import KEY, Series, Server, serve
 
 CONFIG = {
     "mode": "always",
@@ -33,99 +27,6 @@ CONFIG = {
     "window": 16,
     "interval": 64,
 }
-START_S = 400  # on a machine that others use too
-Series = dict[str, dict[frozenset[tuple[str, str]], float]]
-
-
-class Server:
-    """A running server and the questions the tests ask it."""
-
-    def __init__(self, url: str, log: Path) -> None:
-        self.url = url
-        self.log = log
-
-    def get(self, path: str) -> httpx.Response:
-        # One connection per question: with several API servers each may be answered by another one.
-        return httpx.get(f"{self.url}{path}", timeout=60)
-
-    def complete(self, prompt: list[int], max_tokens: int, **xargs: Any) -> httpx.Response:
-        body = {
-            "model": "smollm2",
-            "prompt": prompt,
-            "max_tokens": max_tokens,
-            "ignore_eos": True,
-            "temperature": 0,
-            "vllm_xargs": xargs or None,
-        }
-        return httpx.post(f"{self.url}/v1/completions", json=body, timeout=120)
-
-    def series(self) -> Series:
-        """Our series by name and by labels, without the two labels that all of them share."""
-        found: Series = {}
-        for family in text_string_to_metric_families(self.get("/metrics").text):
-            for sample in family.samples:
-                if sample.name.startswith("deltamem_") and not sample.name.endswith("_created"):
-                    labels = dict(sample.labels)
-                    assert labels.pop("model_name") == "smollm2"
-                    assert labels.pop("engine", "0") == "0"
-                    found.setdefault(sample.name, {})[frozenset(labels.items())] = sample.value
-        return found
-
-    def engine(self) -> dict[str, Any]:
-        """The only engine's entry in /deltamem/stats."""
-        answer = self.get("/deltamem/stats")
-        assert answer.status_code == 200, answer.text
-        (engine,) = answer.json()["engines"]
-        assert isinstance(engine, dict)
-        return engine
-
-
-@contextmanager
-def _serve(model: str, tmp_path: Path, *flags: str, **variables: str) -> Iterator[Server]:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    log = tmp_path / "server.log"
-    command = [
-        str(Path(sys.executable).with_name("vllm")),
-        *("serve", model, "--served-model-name", "smollm2", "--host", "127.0.0.1", "--port", str(port)),
-        *("--max-model-len", "1024", "--max-num-seqs", "4", "--max-num-batched-tokens", "256"),
-        *("--block-size", "32", "--num-gpu-blocks-override", "64", "--enforce-eager"),
-        *flags,
-    ]
-    # VLLM_PLUGINS unset: the routes must not depend on it.
-    env = {name: value for name, value in os.environ.items() if name != "VLLM_PLUGINS"}
-    env |= {"VLLM_CPU_KVCACHE_SPACE": "1", "OMP_NUM_THREADS": "1", **variables}
-    with log.open("wb") as output:
-        process = subprocess.Popen(
-            command, stdout=output, stderr=subprocess.STDOUT, env=env, cwd=tmp_path, start_new_session=True
-        )
-    try:
-        server = Server(f"http://127.0.0.1:{port}", log)
-        _wait_until_ready(server, process)
-        yield server
-    finally:
-        # The whole session: engine and API servers are processes of their own.
-        process.send_signal(signal.SIGTERM)
-        try:
-            process.wait(timeout=30)
-        except subprocess.TimeoutExpired:
-            os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
-
-
-def _wait_until_ready(server: Server, process: subprocess.Popen[bytes]) -> None:
-    deadline = time.monotonic() + START_S
-    while time.monotonic() < deadline:
-        if process.poll() is not None:
-            break
-        try:
-            if server.get("/health").status_code == 200:
-                return
-        except httpx.TransportError:
-            time.sleep(0.5)
-    tail = server.log.read_text(errors="replace")[-6000:]
-    raise AssertionError(f"server did not start (exit status {process.poll()}):\n{tail}")
 
 
 def _with_policy() -> list[str]:
@@ -134,7 +35,8 @@ def _with_policy() -> list[str]:
 
 @pytest.fixture(scope="module")
 def server(smollm2_path: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    with _serve(smollm2_path, tmp_path_factory.mktemp("server"), *_with_policy()) as running:
+    keys = ("--api-key", "first-key", KEY)
+    with serve(smollm2_path, tmp_path_factory.mktemp("server"), *_with_policy(), *keys) as running:
         yield running
 
 
@@ -146,6 +48,12 @@ def _engine_agrees_with(server: Server, totals: dict[str, Any], series: Series) 
     """Whether every number of the engine's `totals` is the scraped one."""
     for row in METRICS:
         if row.side != "engine":
+            continue
+        if row.kind == "histogram":
+            kept = totals["histograms"][row.name]
+            found = {dict(labels)["le"]: value for labels, value in series[f"{row.public_name}_bucket"].items()}
+            if found != kept["buckets"] or series[f"{row.public_name}_count"] != {frozenset(): kept["count"]}:
+                return False
             continue
         told = totals["counters" if row.kind == "counter" else "levels"][row.name]
         by_label = told if row.label else {None: told}
@@ -171,7 +79,7 @@ def _assert_engine_agrees(server: Server) -> dict[str, Any]:
 
 def test_zeros_and_policy_info_before_the_first_request(server: Server) -> None:
     series = server.series()
-    assert {row.public_name for row in METRICS} <= series.keys()
+    assert {row.public_name for row in METRICS if row.kind != "histogram"} <= series.keys()
     assert all(value == 0 for name, by in series.items() if name.endswith("_total") for value in by.values())
     ((info, one),) = series["deltamem_policy_info"].items()
     config = server.get("/deltamem/config").json()["config"]
@@ -182,7 +90,8 @@ def test_zeros_and_policy_info_before_the_first_request(server: Server) -> None:
 
 def test_routes_are_in_the_servers_openapi(server: Server) -> None:
     paths = server.get("/openapi.json").json()["paths"]
-    assert {"/deltamem/stats", "/deltamem/config"} <= paths.keys()
+    own = {"stats", "config", "requests", "requests/{request_id}/layers", "stream"}
+    assert {f"/deltamem/{path}" for path in own} <= paths.keys()
 
 
 def test_metrics_and_json_show_what_was_evicted(server: Server) -> None:
@@ -191,11 +100,16 @@ def test_metrics_and_json_show_what_was_evicted(server: Server) -> None:
     assert [answer.status_code for answer in answers] == [200] * 3
     engine = _assert_engine_agrees(server)
     counters, levels = engine["totals"]["counters"], engine["totals"]["levels"]
-    assert counters["compactions"] >= 3
+    kept = engine["totals"]["histograms"]["kept_share"]
+    assert counters["compactions"] == kept["count"] == sum(counters["evictions"].values()) >= 3
+    assert counters["evictions"]["pressure"] == counters["pressure_blocks"] == 0, "the mode is always"
+    assert 0 < kept["sum"] / kept["count"] <= 0.3
+    assert counters["compaction_seconds"] > counters["policy_seconds"] > 0
     assert counters["evicted_tokens"] >= 3 * 600 * 0.7
     assert counters["freed_blocks"] >= 3 * 12
     assert counters["compaction_seconds"] > counters["scoring_seconds"] > 0
     assert levels["resident_tokens"] == levels["logical_tokens"] == levels["tier_bytes"]["hot"] == 0
+    assert levels["budget_bytes"] == 0
     assert engine["pool"]["free_blocks"] == engine["pool"]["blocks"] == 63
 
 
@@ -216,6 +130,94 @@ def test_live_levels_are_below_the_logical_ones(server: Server) -> None:
     assert all(resident < 0.6 * logical for resident, logical in seen)
 
 
+def _compacted_rows(server: Server, seed: int) -> Iterator[tuple[dict[str, Any], list[dict[str, Any]]]]:
+    """Engine and rows of states with a compacted request, while two run; the machine may be too busy to see one."""
+    for attempt in range(10):
+        with ThreadPoolExecutor(2) as clients, server.states(0.25) as states:
+            answers = [clients.submit(server.complete, _prompt(seed + 2 * attempt + i), 100) for i in range(2)]
+            for state in states:
+                (engine,), (listed,) = state["stats"]["engines"], state["requests"]["engines"]
+                if any(row["compactions"] for row in listed["requests"]):
+                    yield engine, listed["requests"]
+                if all(answer.done() for answer in answers):
+                    break
+            assert [answer.result().status_code for answer in answers] == [200, 200]
+
+
+def test_rows_of_running_requests_add_up_to_the_levels(server: Server) -> None:
+    for seen, (engine, rows) in enumerate(_compacted_rows(server, 50)):
+        levels = engine["totals"]["levels"]
+        for key in ("logical_tokens", "resident_tokens"):
+            assert sum(row[key] for row in rows) == levels[key]
+        for tier in ("hot", "cold"):
+            assert sum(row[f"{tier}_bytes"] for row in rows) == pytest.approx(levels["tier_bytes"][tier], abs=2)
+        assert sum(row["cold_tokens"] for row in rows) == pytest.approx(levels["cold_tokens"], abs=1)
+        compacted = sum(row["compactions"] > 0 for row in rows)
+        assert compacted == levels["compacted_requests"] == engine["requests"]["compacted"]
+        pool = engine["pool"]
+        assert sum(row["blocks"] for row in rows) == pool["blocks"] - pool["free_blocks"]
+        assert levels["budget_bytes"] <= levels["resident_bytes"]
+        held = [row["hot_bytes"] + row["cold_bytes"] for row in rows]
+        assert held == sorted(held, reverse=True)
+        for row in rows:
+            assert (row["mode"], row["dealing"], row["prompt_tokens"]) == ("always", "global", 600)
+            if row["logical_tokens"]:
+                assert row["kept_share"] == pytest.approx(row["resident_tokens"] / row["logical_tokens"])
+        if seen == 3:
+            return
+    raise AssertionError("no compacted request was seen")
+
+
+def test_the_heat_map_adds_up_to_the_row(server: Server) -> None:
+    """Mean tokens of the pairs, in bytes, are what the row says, whichever pair holds more."""
+    for engine, rows in _compacted_rows(server, 80):
+        row = next(row for row in rows if row["compactions"])
+        answer = server.get(f"/deltamem/requests/{row['id']}/layers")
+        if answer.status_code == 404:
+            assert row["id"] in answer.json()["reason"]
+            continue
+        view = answer.json()
+        (listed,) = server.get("/deltamem/requests").json()["engines"]
+        again = next((one for one in listed["requests"] if one["id"] == row["id"]), None)
+        if again is None or again["compactions"] != row["compactions"]:
+            continue
+        hot, cold = ([tokens for layer in view[f"{tier}_tokens"] for tokens in layer] for tier in ("hot", "cold"))
+        assert len(hot) == len(cold) == view["layers"] * view["kv_heads"] == 90
+        assert len(set(hot)) > 1, "pages were meant to be dealt unequally"
+        token_bytes = engine["pool"]["block_bytes"] / engine["pool"]["block_tokens"]
+        # Between the three answers the request went on writing; what was dealt is the same.
+        written = view["logical_tokens"] - row["logical_tokens"]
+        assert 0 <= written <= again["logical_tokens"] - row["logical_tokens"]
+        assert (sum(hot) / 90 - written) * token_bytes == pytest.approx(row["hot_bytes"], abs=2)
+        assert sum(cold) / 90 == pytest.approx(row["cold_tokens"])
+        return
+    raise AssertionError("no compacted request was seen")
+
+
+def test_a_stream_ends_with_its_client_and_others_go_on(server: Server) -> None:
+    with server.states(0.25) as staying:
+        with server.states(0.25) as leaving:
+            first, second = next(leaving), next(leaving)
+            assert second["at"] > first["at"]
+        seen = [next(staying)["at"] for _ in range(6)]
+    assert seen == sorted(seen) and seen[-1] > second["at"]
+    assert server.complete(_prompt(0), 4).status_code == 200
+    assert "Traceback" not in server.log.read_text(), "a client that leaves is no error"
+
+
+def test_requests_are_shown_to_holders_of_a_key_only(server: Server) -> None:
+    for path in ("requests", "requests/any/layers", "stream"):
+        for key in (None, "third-key"):
+            answer = server.get(f"/deltamem/{path}", key=key)
+            assert answer.status_code == 401
+            assert list(answer.json()) == ["reason"]
+    assert server.get("/v1/models", key=None).status_code == 401, "the server was meant to have a key"
+    for path in ("deltamem/stats", "deltamem/config", "deltamem/dashboard", "metrics"):
+        assert server.get(f"/{path}", key=None).status_code == 200
+    assert server.get("/deltamem/requests", key="first-key").status_code == 200
+    assert server.get("/deltamem/requests/any/layers").status_code == 404
+
+
 def test_refused_request_is_a_400_and_counted(server: Server) -> None:
     refused = frozenset({("reason", "bad_option")})
     before = server.series()["deltamem_requests_refused_total"][refused]
@@ -223,6 +225,13 @@ def test_refused_request_is_a_400_and_counted(server: Server) -> None:
     assert answer.status_code == 400
     assert "deltamem_keep_ratio" in answer.text
     assert server.series()["deltamem_requests_refused_total"][refused] == before + 1
+    secret = server.complete(_prompt(1), 4, **{"deltamem_my_secret": "another secret"})
+    assert secret.status_code == 400
+    stats = server.get("/deltamem/stats", key=None)
+    assert stats.json()["refused"]["bad_option"] == before + 2
+    told = [event for event in stats.json()["recent"] if event["kind"] == "refused"][:2]
+    assert [event["detail"] for event in told] == ["an option that is not known", "deltamem_keep_ratio"]
+    assert "secret" not in stats.text
 
 
 def test_scrape_is_clean_and_the_log_has_no_stray_lines(server: Server) -> None:
@@ -241,7 +250,7 @@ def test_two_api_servers_show_the_same_exact_numbers(smollm2_path: str, tmp_path
     values = tmp_path / "values"
     values.mkdir()
     flags = [*_with_policy(), "--api-server-count", "2"]
-    with _serve(smollm2_path, tmp_path, *flags, PROMETHEUS_MULTIPROC_DIR=str(values)) as server:
+    with serve(smollm2_path, tmp_path, *flags, PROMETHEUS_MULTIPROC_DIR=str(values)) as server:
         with ThreadPoolExecutor(4) as clients:
             answers = list(clients.map(lambda seed: server.complete(_prompt(seed, 300), 48), range(8)))
             refused = list(clients.map(lambda _: server.complete(_prompt(0), 4, deltamem_policy="?"), range(8)))
@@ -276,7 +285,7 @@ def _processes_that_counted(values: Path) -> list[str]:
 
 @pytest.mark.slow
 def test_without_the_flag_the_server_is_stock(smollm2_path: str, tmp_path: Path) -> None:
-    with _serve(smollm2_path, tmp_path) as server:
+    with serve(smollm2_path, tmp_path) as server:
         assert server.complete(_prompt(0), 4).status_code == 200
         assert not server.series()
         assert server.get("/deltamem/stats").status_code == 404

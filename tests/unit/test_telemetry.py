@@ -6,8 +6,10 @@ from __future__ import annotations
 
 import json
 import re
-import runpy
+import subprocess
+import sys
 from collections import Counter
+from fractions import Fraction
 from pathlib import Path
 
 import pytest
@@ -19,6 +21,7 @@ from deltamem_vllm.telemetry import METRICS, Telemetry, decode, encode
 
 COUNTERS = [row for row in METRICS if row.kind == "counter" and row.side == "engine"]
 GAUGES = [row for row in METRICS if row.kind == "gauge"]
+HISTOGRAMS = [row for row in METRICS if row.kind == "histogram"]
 LABEL_VALUES = st.text(min_size=1, max_size=12)
 
 
@@ -101,7 +104,7 @@ def test_drain_sends_only_counters_that_grew_and_every_level() -> None:
 
 @given(st.sampled_from(METRICS), LABEL_VALUES)
 def test_carrier_names_are_read_back(row: telemetry.Metric, value: str) -> None:
-    label = value if row.label else None
+    label = value if row.label or row.kind == "histogram" else None
     assert decode(encode(row.key, label)) == (row, label)
 
 
@@ -109,10 +112,10 @@ def test_other_names_in_the_carrier_are_not_ours() -> None:
     assert decode("waiting_to_start") is None
 
 
-@pytest.mark.parametrize("call", [lambda: Telemetry().count("evictions"), lambda: decode("deltamem:evictions")])
+@pytest.mark.parametrize("call", [lambda: Telemetry().count("compressions"), lambda: decode("deltamem:compressions")])
 def test_unknown_key_names_the_valid_ones(call: object) -> None:
     assert callable(call)
-    with pytest.raises(KeyError, match=r"'evictions'.*compactions.*reserve_blocks"):
+    with pytest.raises(KeyError, match=r"'compressions'.*compactions.*reserve_blocks"):
         call()
 
 
@@ -141,6 +144,7 @@ def test_totals_start_at_zero_in_public_units_and_are_json() -> None:
     assert totals["counters"]["compaction_seconds"] == pytest.approx(1.5)
     assert totals["counters"]["compactions_skipped"] == {"no_free_blocks": 3, "shared_prefix": 0}
     assert totals["levels"]["tier_bytes"] == {"cold": 0, "hot": 0}
+    assert totals["histograms"]["kept_share"]["count"] == 0
     assert "requests_refused" not in totals["counters"], "counted in the API servers, unknown to an engine"
     assert json.loads(json.dumps(totals)) == totals
 
@@ -155,8 +159,68 @@ def test_public_names_follow_prometheus_conventions() -> None:
         assert ":" not in row.key
 
 
+shares = st.integers(1, 5000).flatmap(lambda whole: st.tuples(st.integers(0, whole), st.just(whole)))
+
+
+@given(st.sampled_from(HISTOGRAMS), st.lists(shares, max_size=40), st.integers(0, 40))
+def test_every_share_is_in_its_own_bucket_on_both_sides(
+    row: telemetry.Metric, seen: list[tuple[int, int]], drained_after: int
+) -> None:
+    """The engine's buckets are those of the exact shares, and what travels adds up to the same ones."""
+    counted = Telemetry()
+    carried: Counter[str] = Counter()
+    for number, (part, whole) in enumerate(seen):
+        if number == drained_after:
+            carried.update({name: n for name, n in counted.drain().items() if name.startswith(f"deltamem:{row.key}:")})
+        counted.observe(row.key, part, whole)
+    carried.update({name: n for name, n in counted.drain().items() if name.startswith(f"deltamem:{row.key}:")})
+
+    exact = [Fraction(part, whole) for part, whole in seen]
+    expected = {str(bound): sum(one <= Fraction(str(bound)) for one in exact) for bound in row.buckets}
+    told = counted.totals()["histograms"][row.name]
+    assert told["buckets"] == {**expected, "+Inf": len(seen)}
+    assert told["count"] == len(seen) == sum(carried.values())
+    assert -1e-9 <= told["sum"] - float(sum(exact)) <= len(seen) / 1000 + 1e-9
+    heard: Counter[str] = Counter()
+    for name, number in carried.items():
+        decoded = decode(name)
+        assert decoded is not None and decoded[0] is row and decoded[1] is not None
+        for bound in row.buckets:
+            heard[str(bound)] += number if telemetry.share(int(decoded[1])) <= bound else 0
+    assert +heard == +Counter(expected)
+
+
+def test_shares_outside_of_zero_to_one_are_refused() -> None:
+    for part, whole in ((-1, 4), (5, 4)):
+        with pytest.raises(ValueError, match=f"shares from 0 to 1, got {part} of {whole}"):
+            Telemetry().observe("kept_share", part, whole)
+    with pytest.raises(ValueError, match="'compactions' is a counter, not a histogram"):
+        Telemetry().observe("compactions", 1, 2)
+
+
+def test_bounds_of_buckets_are_whole_permille_and_ascend() -> None:
+    """Otherwise rounding up would move a share into another bucket."""
+    for row in HISTOGRAMS:
+        assert list(row.buckets) == sorted(set(row.buckets))
+        assert all(Fraction(str(bound)) * 1000 % 1 == 0 for bound in row.buckets)
+
+
+def _reference(*args: str) -> subprocess.CompletedProcess[str]:
+    script = Path(__file__).parents[2] / "scripts" / "metrics_reference.py"
+    return subprocess.run([sys.executable, str(script), *args], capture_output=True, text=True, check=False)
+
+
 def test_reference_page_is_up_to_date() -> None:
-    root = Path(__file__).parents[2]
-    generator = runpy.run_path(str(root / "scripts" / "metrics_reference.py"))
-    page = root / "docs" / "reference" / "metrics.md"
-    assert page.read_text(encoding="utf-8") == generator["render"](), "run scripts/metrics_reference.py"
+    checked = _reference("--check")
+    assert checked.returncode == 0, checked.stdout
+
+
+def test_a_stale_reference_page_fails_the_check(tmp_path: Path) -> None:
+    page = tmp_path / "metrics.md"
+    assert _reference("--check", "--page", str(page)).returncode == 1, "there is no page"
+    assert _reference("--page", str(page)).returncode == 0
+    assert _reference("--check", "--page", str(page)).returncode == 0
+    page.write_text(page.read_text(encoding="utf-8").replace("counter", "gauge", 1), encoding="utf-8")
+    stale = _reference("--check", "--page", str(page))
+    assert stale.returncode == 1
+    assert "run: python scripts/metrics_reference.py" in stale.stdout
