@@ -93,11 +93,11 @@ clean: ## remove the environment and everything built
 	rm -rf .pytest_cache .ruff_cache .hypothesis deltamem_vllm/_native.so
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
-# promtool checks the metrics in a test, which is skipped with a reason when there is none. Only that one
-# program is taken out of Debian's package: installing the package would start a monitoring server.
+# Tests of metrics, panels and rules use promtool and a real Prometheus; they are skipped with a reason when there is none.
+# Only these programs are taken out of Debian's package: installing the package would start a monitoring server.
 system-tools: $(BIN)/.runtime
-	@command -v promtool >/dev/null || scripts/get-promtool.sh $(BIN) || \
-		echo "make: no promtool: the test that needs it will be skipped (Debian: apt-get install prometheus)" >&2
+	@{ command -v promtool && command -v prometheus; } >/dev/null || scripts/get-promtool.sh $(BIN) promtool prometheus || \
+		echo "make: no prometheus: the tests that need it will be skipped (Debian: apt-get install prometheus)" >&2
 
 prerequisites:
 	@"$(or $(PYTHON),none)" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null || { \
