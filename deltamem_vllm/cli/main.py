@@ -13,7 +13,7 @@ from typing import Annotated
 
 import typer
 
-from deltamem_vllm.cli import bench, calibrate, codec, model, plan, profile, scorers
+from deltamem_vllm.cli import bench, calibrate, codec, dashboard, doctor, model, plan, profile, scorers, top
 from deltamem_vllm.cli import eval as eval_
 
 app = typer.Typer(
@@ -35,6 +35,9 @@ app.command(name="profile")(profile.profile)
 app.command(name="plan")(plan.plan)
 app.command(name="calibrate")(calibrate.calibrate)
 app.command(name="codec")(codec.codec)
+app.command(name="dashboard")(dashboard.dashboard)
+app.command(name="top")(top.top)
+app.command(name="doctor")(doctor.doctor)
 
 
 def _print_version(wanted: bool) -> None:

@@ -1,0 +1,181 @@
+# SPDX-License-Identifier: Apache-2.0
+# SPDX-FileCopyrightText: Copyright contributors to the deltamem project
+"""The dashboard and `deltamem top` on a real vLLM server under load, the former in a real headless Chromium."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+from selenium.webdriver.common.by import By
+
+from deltamem_vllm.evaluation.live_server import MODEL_NAME, LiveServer, serve
+from tests.support.browser import console_errors, find_browser, open_browser, resize, until
+
+CONFIG = {"mode": "always", "keep_ratio": 0.25, "min_tokens": 64}
+FLAGS = ("--max-model-len", "2048", "--max-num-seqs", "4", "--max-num-batched-tokens", "256")
+HOSTILE = '<img src=x onerror="document.title=1">'
+KEY = "the-servers-key"
+LAYERS, KV_HEADS = 30, 3  # of SmolLM2-135M
+
+
+@pytest.fixture(scope="module")
+def server(smollm2_path: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[LiveServer]:
+    find_browser()
+    log = tmp_path_factory.mktemp("server") / "log"
+    flags = [*FLAGS, "--block-size", "32", "--num-gpu-blocks-override", "128", "--enforce-eager", "--api-key", KEY]
+    environment = {"OMP_NUM_THREADS": "1"}
+    with serve(smollm2_path, log, deltamem=CONFIG, flags=flags, environment=environment) as running:
+        yield running
+
+
+def _complete(server: LiveServer, name: str, prompt_tokens: int, max_tokens: int, **xargs: Any) -> httpx.Response:
+    prompt = [(7 * place + 131 * len(name)) % 40_000 + 100 for place in range(prompt_tokens)]
+    body = {"model": MODEL_NAME, "prompt": prompt, "max_tokens": max_tokens, "ignore_eos": True, "temperature": 0}
+    headers = {"X-Request-Id": name, "Authorization": f"Bearer {KEY}"}
+    answer = httpx.post(
+        f"{server.url}/v1/completions", json={**body, "vllm_xargs": xargs}, headers=headers, timeout=300
+    )
+    return answer
+
+
+@pytest.fixture
+def load(server: LiveServer) -> Iterator[None]:
+    """Three requests that follow each other without end, one with a name that would be markup."""
+    stop = threading.Event()
+
+    def repeat(name: str) -> None:
+        while not stop.is_set():
+            answer = _complete(server, name, 700, 160)
+            assert answer.status_code == 200, answer.text
+
+    with ThreadPoolExecutor(3) as clients:
+        running = [clients.submit(repeat, name) for name in (HOSTILE, "second", "third")]
+        try:
+            yield
+        finally:
+            stop.set()
+            for one in running:
+                one.result()
+
+
+def _until(holds: Callable[[], Any]) -> Any:
+    return until(holds, 90)  # requests have to come and be compacted first
+
+
+def _ask(server: LiveServer, path: str) -> Any:
+    return httpx.get(f"{server.url}/deltamem/{path}", headers={"Authorization": f"Bearer {KEY}"}, timeout=60).json()
+
+
+def _text(browser: Any, selector: str) -> str:
+    return str(browser.find_element(By.CSS_SELECTOR, selector).text)
+
+
+def test_the_page_shows_what_the_server_says_under_load(server: LiveServer, load: None, tmp_path: Path) -> None:
+    with open_browser(tmp_path / "profile", dark=True) as browser:
+        browser.get(f"{server.url}/deltamem/dashboard")
+        _until(lambda: browser.find_element(By.ID, "key-dialog").is_displayed())
+        # The refusal itself is the only thing that the console may have to say.
+        assert all("401" in line for line in console_errors(browser))
+        browser.find_element(By.ID, "key").send_keys(KEY)
+        browser.find_element(By.CSS_SELECTOR, "#key-form [type=submit]").click()
+        _until(lambda: _text(browser, "#state-words") == "Live")
+        assert _text(browser, "#model") == MODEL_NAME
+
+        _until(lambda: _seen_is_between_two_answers(server, browser))
+        name = _open_a_compacted_request(server, browser)
+        cells = _until(lambda: browser.find_elements(By.CSS_SELECTOR, ".heat-map td"))
+        assert len(cells) == LAYERS * KV_HEADS
+        assert _text(browser, ".heat-id") == name
+        assert not browser.find_elements(By.CSS_SELECTOR, "#requests img, #events img, #heat img")
+        assert browser.title == f"{MODEL_NAME} · deltamem"
+        assert HOSTILE in _text(browser, "#events")
+        resize(browser, 360, 800)
+        assert browser.execute_script("return document.documentElement.scrollWidth") <= 360
+        assert "keep_ratio" in browser.find_element(By.ID, "policy").get_attribute("textContent")
+        assert not console_errors(browser)
+
+
+def _seen_is_between_two_answers(server: LiveServer, browser: Any) -> bool:
+    """Whether a request's number in the page lies between what the server said before and after."""
+
+    def seen() -> dict[str, int]:
+        (engine,) = _ask(server, "requests")["engines"]
+        return {row["id"]: row["logical_tokens"] for row in engine["requests"]}
+
+    before = seen()
+    script = """return [...document.querySelectorAll('.requests tbody tr')].map((row) => [
+        row.querySelector('.id').textContent, Number(row.querySelector('.seen').textContent.replaceAll(',', ''))])"""
+    time.sleep(1.2)  # longer than one interval: what is shown then is newer than the first answer
+    shown = dict(browser.execute_script(script))
+    time.sleep(0.2)
+    after = seen()
+    both = before.keys() & shown.keys() & after.keys()
+    assert all(before[name] <= shown[name] <= after[name] for name in both), (before, shown, after)
+    return any(before[name] < after[name] for name in both)
+
+
+def _open_a_compacted_request(server: LiveServer, browser: Any) -> str:
+    """Click on a request that was compacted and runs on for a while; its id."""
+
+    def click() -> str | None:
+        (engine,) = _ask(server, "requests")["engines"]
+        found = [row["id"] for row in engine["requests"] if row["status"] == "running" and row["compactions"]]
+        for button in browser.find_elements(By.CSS_SELECTOR, ".requests tbody .id button"):
+            if button.text in found:
+                name = str(button.text)
+                button.click()
+                return name
+        return None
+
+    return str(_until(click))
+
+
+def test_refusals_and_totals_are_the_same_in_page_and_route(server: LiveServer, tmp_path: Path) -> None:
+    refused = _complete(server, "refused", 100, 4, deltamem_keep_ratio=1.5)
+    assert refused.status_code == 400
+    _until(lambda: not _ask(server, "requests")["engines"][0]["requests"])
+    stats = _ask(server, "stats")
+    with open_browser(tmp_path / "profile") as browser:
+        # The stand-alone dashboard: the browser never sees the server's key.
+        command = [str(Path(sys.executable).with_name("deltamem")), "dashboard", "--url", server.url, "--port", "0"]
+        process = subprocess.Popen([*command, "--server-key", KEY], stderr=subprocess.PIPE, text=True)
+        try:
+            assert process.stderr is not None
+            place = process.stderr.readline().split()[2]
+            browser.get(f"{place}deltamem/dashboard")
+            _until(lambda: _text(browser, "#state-words") == "Live")
+            total = sum(stats["refused"].values())
+            skipped = sum(stats["engines"][0]["totals"]["counters"]["compactions_skipped"].values())
+            assert total >= 1
+            _until(lambda: _text(browser, '[data-number="trouble"]') == f"{total} · {skipped}")
+            assert _text(browser, '[data-number="requests"]') == "0 running · 0 waiting"
+            assert "No live requests" in _text(browser, "#requests")
+            assert "bad option" in _text(browser, "#events")
+            assert KEY not in browser.page_source
+            assert not console_errors(browser)
+        finally:
+            process.terminate()
+            process.wait(timeout=20)
+
+
+def test_top_shows_the_server_under_load(server: LiveServer, load: None) -> None:
+    command = [str(Path(sys.executable).with_name("deltamem")), "top", "--once", "--url", server.url, "--api-key", KEY]
+    _until(lambda: _ask(server, "requests")["engines"][0]["requests"])
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+    assert done.returncode == 0, done.stderr
+    assert f"{MODEL_NAME} at" in done.stdout and "cmpl-" in done.stdout and "pool " in done.stdout
+    told = json.loads(
+        subprocess.run([*command, "--json"], capture_output=True, text=True, timeout=60, check=True).stdout
+    )
+    assert told["requests"]["engines"][0]["total"] >= 1
+    assert subprocess.run(command[:-2], capture_output=True, timeout=60, check=False).returncode == 1
