@@ -15,6 +15,7 @@ from typing import Any
 from vllm.v1.core.kv_cache_utils import KVCacheBlock
 from vllm.v1.core.single_type_kv_cache_manager import FullAttentionManager
 
+from deltamem_vllm.memory.admission import Ahead
 from deltamem_vllm.memory.budgets import cdiv
 from deltamem_vllm.memory.tiers import ColdHeld
 
@@ -28,10 +29,12 @@ class Admission:
     max_blocks: bound on the blocks it ever holds if it is compacted between prompt chunks; None for a request that
         must fit whole.
     reserve: free blocks its own compaction will need; asked for until it runs.
+    ahead: what it goes on to need; None if it does not wait for that.
     """
 
     max_blocks: int | None
     reserve: int
+    ahead: Ahead | None = None
 
 
 class DeltaMemManager(FullAttentionManager):
@@ -63,13 +66,48 @@ class DeltaMemManager(FullAttentionManager):
         admission = self.admissions.get(request_id)
         reserve = self.reserve
         if admission is not None:
+            waiting = not self.req_to_blocks.get(request_id)
+            if waiting and admission.ahead is not None:
+                found = kwargs["new_computed_blocks"] if "new_computed_blocks" in kwargs else args[0]
+                shared = sum(block.ref_cnt > 0 for block in found)
+                if not self.may_start(admission.ahead, self.ahead(), shared):
+                    return self.block_pool.num_gpu_blocks + needed  # more than there is
             if kwargs.get("apply_admission_cap") and admission.max_blocks is not None:
                 # The bound already contains the room for the copy.
                 return min(needed, admission.max_blocks)
-            if request_id not in self.num_cached_block:  # waiting: vLLM keeps this entry while a request runs
+            if waiting:
                 reserve = max(reserve, admission.reserve)
         # vLLM compares the answer with the free blocks: asking for more leaves the reserve untouched.
         return needed + reserve
+
+    def ahead(self) -> Ahead:
+        """What the running requests go on to need, all together.
+
+        Whole: what they hold now, blocks that several share counted once, and what they will still write.
+        """
+        least, whole = 0, self.block_pool.num_gpu_blocks - 1 - self.block_pool.get_num_free_blocks()
+        for request_id, blocks in self.req_to_blocks.items():
+            admission = self.admissions.get(request_id)
+            if not blocks or admission is None or admission.ahead is None:
+                least += len(blocks)
+                continue
+            least += admission.ahead.least
+            written = len(blocks) + self.evicted.get(request_id, 0) // self.block_size
+            whole += max(admission.ahead.whole - written, 0)
+        return Ahead(least, whole)
+
+    def may_start(self, ahead: Ahead, running: Ahead, shared: int = 0) -> bool:
+        """Whether a waiting request will still fit when all have grown. Alone it always may: nothing would change.
+
+        Parameters
+        ----------
+        ahead: of the request.
+        running: of those that run, and of those that start before it.
+        shared: blocks of its prompt that running requests hold already.
+        """
+        usable = self.block_pool.num_gpu_blocks - 1
+        fits = min(running.least + ahead.least, running.whole + ahead.whole - shared) <= usable
+        return fits or not any(self.req_to_blocks.values())
 
     def allocate_new_blocks(self, request_id: str, num_tokens: int, *args: Any, **kwargs: Any) -> list[KVCacheBlock]:
         return super().allocate_new_blocks(request_id, num_tokens - self.evicted.get(request_id, 0), *args, **kwargs)

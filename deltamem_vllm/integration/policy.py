@@ -16,7 +16,7 @@ from deltamem_vllm.config import DeltaMemConfig
 from deltamem_vllm.integration.avoided import preemptions_avoided
 from deltamem_vllm.integration.manager import Admission, DeltaMemManager
 from deltamem_vllm.integration.policy_counts import PolicyCounts, Reason
-from deltamem_vllm.memory.admission import peak_blocks, reserve_blocks
+from deltamem_vllm.memory.admission import blocks_ahead, peak_blocks, reserve_blocks
 from deltamem_vllm.memory.budgets import budget_for, cdiv
 from deltamem_vllm.memory.curves import UtilityCurve
 from deltamem_vllm.memory.governed import Governed
@@ -96,16 +96,18 @@ class Policy:
             budget, options.mode, options.dealing, options.scorer, options.cold
         )
         dense = cdiv(min(prompt + new, self._max_model_len), self._size)
+        pressed = options.mode == "pressure"
+        ahead = blocks_ahead(budget, prompt, new, self._size, self._max_model_len) if pressed else None
         if dense <= self.usable_blocks:
             # Under pressure the high watermark leaves the room for copies; with a reserve on top of it, requests would
             # be cut before they have to be.
-            reserve = reserve_blocks(budget, prompt, self._size) if options.mode == "always" else 0
+            reserve = 0 if pressed else reserve_blocks(budget, prompt, self._size)
             reserve = min(reserve, self._reserve_limit, self.usable_blocks - dense)
-            admission = Admission(max_blocks=None, reserve=reserve)
+            admission = Admission(max_blocks=None, reserve=reserve, ahead=ahead)
         else:
             chunk = self._vllm_config.max_in_flight_tokens
             bound = peak_blocks(budget, prompt, new, self._size, chunk, self._max_model_len)
-            admission = Admission(max_blocks=min(bound, self.usable_blocks), reserve=0)
+            admission = Admission(max_blocks=min(bound, self.usable_blocks), reserve=0, ahead=ahead)
             # Cached blocks of a prompt longer than the pool could fill it before its first chunk fits.
             request.skip_reading_prefix_cache = True
         self._manager.admissions[request.request_id] = admission
@@ -261,11 +263,15 @@ class Policy:
     def _blocks_waited_for(self, queue: Iterable[Request], free: int, holdings: Iterable[Holding]) -> int:
         """Blocks that the next waiting requests want, as far as the running ones could make room for them."""
         room = free + spare_blocks(h for h in holdings if self._rule.is_rested(h))
-        wanted = 0
+        wanted, ahead = 0, self._manager.ahead()
         for request in queue:
             admission = self._manager.admissions.get(request.request_id)
             blocks = cdiv(request.num_tokens, self._size)
             if admission is not None:
+                if admission.ahead is not None:
+                    if not self._manager.may_start(admission.ahead, ahead):
+                        break
+                    ahead += admission.ahead
                 blocks = min(blocks, admission.max_blocks) if admission.max_blocks else blocks + admission.reserve
             if wanted + blocks > room:
                 break

@@ -1,10 +1,17 @@
 # SPDX-License-Identifier: Apache-2.0
 # SPDX-FileCopyrightText: Copyright contributors to the deltamem project
-"""How many blocks one request can need at once: the bound that lets a prompt longer than the pool be admitted."""
+"""How many blocks a request can need at once, so that a prompt longer than the pool may start, and how many in the end,
+so that no more requests start than can run to theirs.
+"""
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 from deltamem_vllm.memory.budgets import Budget, cdiv
+
+FORESEEN_TOKENS = 1024
+"""Output that admission reckons with, at most: clients often allow far more than they get."""
 
 
 def reserve_blocks(budget: Budget | None, max_len: int, block_size: int) -> int:
@@ -49,3 +56,43 @@ def peak_blocks(
     held = max(budget.least_tokens(total, block_size), budget.untouched_tokens)
     held += max(chunk_tokens, budget.interval + 1)
     return min(dense, cdiv(held, block_size) + reserve_blocks(budget, total, block_size))
+
+
+@dataclass(frozen=True)
+class Ahead:
+    """Blocks that requests go on to need.
+
+    Attributes
+    ----------
+    least: however much memory is taken from them.
+    whole: if none is.
+    """
+
+    least: int
+    whole: int
+
+    def __add__(self, other: Ahead) -> Ahead:
+        return Ahead(self.least + other.least, self.whole + other.whole)
+
+
+def blocks_ahead(budget: Budget, prompt_len: int, max_new_tokens: int, block_size: int, max_model_len: int) -> Ahead:
+    """What a request of mode ``pressure`` goes on to need.
+
+    Requests are small when they start, so a pool that memory is taken in seems to have room for many; but what each
+    must keep grows with it. With more of them than the pool can hold at their least, the last tokens of each would be
+    bought with a compaction a block, and in the end with preemptions.
+
+    Parameters
+    ----------
+    budget: the request's budget.
+    prompt_len, max_new_tokens: tokens; of the latter at most `FORESEEN_TOKENS` are reckoned with.
+    block_size: tokens of one block.
+    max_model_len: tokens; caps prompt plus output.
+
+    Returns
+    -------
+    Blocks at that length: what a compaction leaves and one that it grows by before the next, and all.
+    """
+    total = min(prompt_len + min(max_new_tokens, FORESEEN_TOKENS), max_model_len)
+    whole = cdiv(total, block_size)
+    return Ahead(min(cdiv(budget.least_tokens(total, block_size), block_size) + 1, whole), whole)

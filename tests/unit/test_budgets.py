@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from deltamem_vllm.config import DeltaMemConfig
-from deltamem_vllm.memory.admission import peak_blocks, reserve_blocks
+from deltamem_vllm.memory.admission import FORESEEN_TOKENS, Ahead, blocks_ahead, peak_blocks, reserve_blocks
 from deltamem_vllm.memory.budgets import DealtBudget, FixedBudget, budget_for, cdiv, coverage_blocks
 from deltamem_vllm.memory.curves import UtilityCurve
 from deltamem_vllm.request_options import RequestOptions
@@ -195,3 +195,11 @@ def test_reserve_is_zero_for_what_is_never_compacted():
 def test_policy_off_needs_every_token():
     assert peak_blocks(None, 1000, 24, 32, 512, 4096) == 32
     assert peak_blocks(None, 4000, 500, 32, 512, max_model_len=4096) == 128
+
+
+def test_what_is_ahead_is_the_least_at_the_end_and_a_block_to_write_to():
+    assert blocks_ahead(DEALT, 256, 768, 32, 8192) == Ahead(least=3 + 1, whole=32)  # 102 of 1024 tokens: 3 whole blocks
+    assert blocks_ahead(DEALT, 100, 100, 32, 8192) == Ahead(least=7, whole=7)  # never compacted
+    allowed = blocks_ahead(DEALT, 256, 100_000, 32, 200_000)
+    assert allowed == blocks_ahead(DEALT, 256, FORESEEN_TOKENS, 32, 200_000)
+    assert blocks_ahead(DEALT, 256, 768, 32, 512).whole == 16
