@@ -28,7 +28,9 @@ def profile(
     model: Annotated[
         str, typer.Option(help="An embedded model's name, a Hugging Face id or a local path.")
     ] = "smollm2",
-    scorer: Annotated[str, typer.Option(help="Which tokens matter; see `deltamem scorers`.")] = "tova",
+    scorer: Annotated[
+        str, typer.Option(help="Which tokens matter; see `deltamem scorers`. auto is what a server would take.")
+    ] = "auto",
     keep_ratio: Annotated[float, typer.Option(help="Share of the memory that stays, > 0 and <= 1.")] = 0.1,
     dealing: Annotated[
         str,
