@@ -189,7 +189,7 @@ def test_scenario_errors_say_what_and_where(document: object, words: list[str]) 
 def test_a_bare_quick_run_takes_minutes_and_leaves_the_long_ones_out() -> None:
     quick, full = suite(CONFIGS, quick=True), suite(CONFIGS, quick=False)
     assert {one.name for one in full} - {one.name for one in quick} == {
-        *("roomy", "long-context", "pressure-decode", "pressure-mode", "roomy-pressure", "decode-6k"),
+        *("roomy", "long-context", "pressure-crowd", "pressure-decode", "pressure-mode", "roomy-pressure", "decode-6k"),
         "dealing",
     }
     assert {one.kind for one in quick} == {one.kind for one in full}
@@ -381,7 +381,16 @@ def test_command_lists_scenarios_and_names_what_is_wrong() -> None:
     assert listed.exit_code == 0
     assert [line.split()[0] for line in listed.stdout.splitlines()] == [
         *("capacity", "compaction", "conversation", "dealing", "decode-6k", "idle", "latency", "long-context"),
-        *("pressure-decode", "pressure-mode", "pressure", "roomy-pressure", "roomy", "serving", "unbounded"),
+        *(
+            "pressure-crowd",
+            "pressure-decode",
+            "pressure-mode",
+            "pressure",
+            "roomy-pressure",
+            "roomy",
+            "serving",
+            "unbounded",
+        ),
         "in",
     ]
     wrong = CliRunner().invoke(app, ["bench", "idel"])
