@@ -7,13 +7,18 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 import json
+import time
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 if TYPE_CHECKING:
+    from rich.live import Live
+
     from deltamem_vllm.watching.address import Address
     from deltamem_vllm.watching.view import View
+
+_REDRAW_S = 0.25
 
 
 def top(
@@ -92,14 +97,23 @@ async def _live(address: Address, interval: float) -> None:
     async with ServerClient(address) as client:
         # Before the screen is taken: what is wrong at first is said and ends the command.
         view = await look(client, None)
-        with Live(Frame(view), console=Console(), screen=True, refresh_per_second=4) as live:
+        # Drawn here and not in a thread of rich's: Ctrl-C then never meets a frame that is half drawn.
+        with Live(Frame(view), console=Console(), screen=True, auto_refresh=False) as live:
             while True:
-                await asyncio.sleep(interval)
+                await _keep_drawn(live, interval)
                 try:
                     view = await look(client, view)
                 except WatchError as error:
                     view = _stale(view, error.reason)
-                live.update(Frame(view))
+                live.update(Frame(view), refresh=True)
+
+
+async def _keep_drawn(live: Live, seconds: float) -> None:
+    """Draw the frame that is there every quarter of a second: the terminal may change its size."""
+    end = time.monotonic() + seconds
+    while (left := end - time.monotonic()) > 0:
+        await asyncio.sleep(min(left, _REDRAW_S))
+        live.refresh()
 
 
 def _stale(view: View, reason: str) -> View:

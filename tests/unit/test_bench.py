@@ -189,8 +189,8 @@ def test_scenario_errors_say_what_and_where(document: object, words: list[str]) 
 def test_a_bare_quick_run_takes_minutes_and_leaves_the_long_ones_out() -> None:
     quick, full = suite(CONFIGS, quick=True), suite(CONFIGS, quick=False)
     assert {one.name for one in full} - {one.name for one in quick} == {
-        *("roomy", "long-context", "pressure-crowd", "pressure-decode", "pressure-mode", "roomy-pressure", "decode-6k"),
-        "dealing",
+        *("roomy", "long-context", "pressure-crowd", "pressure-decode", "pressure-mode", "pressure-reasoning"),
+        *("roomy-pressure", "decode-6k", "dealing"),
     }
     assert {one.kind for one in quick} == {one.kind for one in full}
     assert all(one.minutes is not None for one in full), "every file says how long it takes"
@@ -385,6 +385,7 @@ def test_command_lists_scenarios_and_names_what_is_wrong() -> None:
             "pressure-crowd",
             "pressure-decode",
             "pressure-mode",
+            "pressure-reasoning",
             "pressure",
             "roomy-pressure",
             "roomy",
