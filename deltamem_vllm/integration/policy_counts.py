@@ -49,7 +49,7 @@ class PolicyCounts:
             "compacted",
             reason,
             plan.request_id,
-            "left with {} of {} tokens, {} blocks freed",
+            "left with {} of {} tokens, blocks freed: {}",
             plan.keep,
             plan.logical_len,
             freed,
