@@ -137,6 +137,19 @@ def predictor(view: ScoreView, weights: Tensor) -> Tensor:
     return scores
 
 
+def predictor_tova(view: ScoreView, weights: Tensor) -> Tensor:
+    """The larger of what the predictor says and what it says of the entry that it ranks where attention ranks this one."""
+    expected, attention = predictor(view, weights), tova(view)
+    scores = expected.clone()
+    for head in range(view.num_kv_heads):
+        best_first = sorted(expected[head].tolist(), reverse=True)
+        looked_at = attention[head].tolist()
+        by_attention = sorted(range(view.num_resident), key=lambda j: (looked_at[j], j), reverse=True)
+        for place, j in enumerate(by_attention):
+            scores[head, j] = max(float(expected[head, j]), best_first[place])
+    return scores
+
+
 def select(scores: Tensor, keep: int, sink: int, recent: int) -> Tensor:
     """Sort (protected, score, index) downwards, one head at a time."""
     n = scores.shape[1]

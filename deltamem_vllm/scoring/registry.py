@@ -28,6 +28,7 @@ BUILTIN = {
     "snapkv": "deltamem_vllm.scoring.snapkv:SnapKVScorer",
     "tova": "deltamem_vllm.scoring.tova:TOVAScorer",
     "predictor": "deltamem_vllm.scoring.predictor:PredictorScorer",
+    "predictor-tova": "deltamem_vllm.scoring.predictor_tova:PredictorTOVAScorer",
     "distinct": "deltamem_vllm.scoring.distinct:DistinctScorer",
     "keydiff": "deltamem_vllm.scoring.keydiff:KeyDiffScorer",
     "streaming": "deltamem_vllm.scoring.streaming:StreamingScorer",

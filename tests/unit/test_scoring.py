@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 from deltamem_vllm.scoring import reference, registry
 from deltamem_vllm.scoring.base import Scorer, ScoreView, select_survivors
 from deltamem_vllm.scoring.features import feature_parts, feature_widths
+from deltamem_vllm.scoring.predictor_tova import with_order_of
 from deltamem_vllm.scoring.seen import Seen
 
 
@@ -88,6 +89,32 @@ class TestScores:
             torch.testing.assert_close(
                 phi[head].double(), torch.tensor(rows, dtype=torch.float64), rtol=1e-5, atol=1e-6
             )
+
+    @pytest.mark.parametrize("shape", SHAPES)
+    def test_predictor_tova_matches_definition(self, shape: dict) -> None:
+        view = make_view(**shape)
+        expected = reference.predictor_tova(view, weights_for(heads=view.num_kv_heads))
+        got = load("predictor-tova", view.num_kv_heads).score(view)
+        assert got.dtype == torch.float32
+        torch.testing.assert_close(got.double(), expected, rtol=1e-4, atol=0)
+
+    def test_predictor_tova_keeps_what_either_would_keep_of_half_as_many(self) -> None:
+        view = make_view(n=40, window=3, kv_heads=2, group=2, peak=8.0)
+        by_name = {name: load(name).score(view) for name in ("predictor", "tova", "predictor-tova")}
+        keep = 12
+        for head in range(2):
+            kept = set(by_name["predictor-tova"][head].topk(keep).indices.tolist())
+            for name in ("predictor", "tova"):
+                assert set(by_name[name][head].topk(keep // 2).indices.tolist()) <= kept, name
+            # Neither alone does so.
+            assert not set(by_name["tova"][head].topk(keep // 2).indices.tolist()) <= set(
+                by_name["predictor"][head].topk(keep).indices.tolist()
+            )
+
+    def test_of_equals_in_the_other_order_the_newer_ranks_first(self) -> None:
+        own = torch.tensor([[5.0, 4.0, 3.0, 2.0]])
+        assert with_order_of(own, torch.zeros(1, 4)).tolist() == [[5.0, 4.0, 4.0, 5.0]]
+        assert with_order_of(own, torch.tensor([[0.0, 9.0, 0.0, 0.0]])).tolist() == [[5.0, 5.0, 3.0, 4.0]]
 
     def test_predictor_rates_heads_one_by_one_as_together(self) -> None:
         """After a first compaction heads hold different numbers of entries."""
@@ -319,7 +346,7 @@ def foreign(monkeypatch: pytest.MonkeyPatch):
 
 class TestRegistry:
     def test_builtins_without_metadata(self, foreign) -> None:
-        names = ("delta", "snapkv", "tova", "predictor", "distinct", "keydiff", "streaming", "random")
+        names = ("delta", "snapkv", "tova", "predictor", "predictor-tova", "distinct", "keydiff", "streaming", "random")
         assert registry.scorer_names() == names
         assert set(registry.available_scorers()) == set(registry.scorer_names())
 
