@@ -101,9 +101,9 @@ class DeltaMemConfig(BaseModel):
     """Tokens a request may grow beyond its budget while decoding before it is compacted again."""
 
     scorer: str = Field(default="auto", min_length=1)
-    """Which tokens matter: the name of a scorer; `deltamem scorers` lists the installed ones. `auto` takes `predictor`
-    where a calibration has one; `tova` where an older calibration says only what heads deserve, or all heads get the
-    same; and `distinct`, whose scores say what heads deserve, where there is no calibration."""
+    """Which tokens matter: the name of a scorer; `deltamem scorers` lists the installed ones. `auto` takes
+    `predictor-tova` where a calibration has a predictor; `tova` where an older calibration says only what heads
+    deserve, or all heads get the same; and `distinct`, whose scores say what heads deserve, where there is none."""
 
     request_scorers: list[str] = []
     """Further scorers that a request may name as `deltamem_scorer` instead of the server's."""
@@ -208,7 +208,7 @@ class DeltaMemConfig(BaseModel):
         calibration
             Folder of the one that was found; None if there is none.
         predictor
-            Whether it has weights for the scorer `predictor`.
+            Whether it has weights for the scorers that predict.
         cold
             Whether ``cold_bits`` `auto` means 4 and not 0.
         """
@@ -219,7 +219,7 @@ class DeltaMemConfig(BaseModel):
             elif calibration is None:
                 scorer = "distinct"
             else:
-                scorer = "predictor" if predictor else "tova"
+                scorer = "predictor-tova" if predictor else "tova"
         bits = self.cold_bits
         if bits == AUTO:
             bits = 4 if cold and self.dealing != "equal" else 0

@@ -16,8 +16,8 @@ class PredictorTOVAScorer(PredictorScorer):
 
     The predictor does not know what is asked, the newest query knows nothing else. Their scores have no common unit,
     so attention is only asked for an order: the entry that it ranks k-th counts as much as the predictor's own k-th.
-    An entry's score is the larger of the two. Heads are not compared by it: at a tenth of the memory, pages dealt by the
-    calibration's profile alone kept more answers than by these scores and the profile.
+    An entry's score is the larger of the two. Heads are not compared by it: at a tenth of the memory, pages dealt by
+    the calibration's profile alone kept more answers than by these scores and the profile.
 
     An entry keeps the score that it got when it was rated first, by the newest query of that time.
     """

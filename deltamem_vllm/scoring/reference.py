@@ -138,7 +138,7 @@ def predictor(view: ScoreView, weights: Tensor) -> Tensor:
 
 
 def predictor_tova(view: ScoreView, weights: Tensor) -> Tensor:
-    """The larger of what the predictor says and what it says of the entry that it ranks where attention ranks this one."""
+    """The larger of what is predicted of an entry and of the one that the predictor ranks where attention ranks it."""
     expected, attention = predictor(view, weights), tova(view)
     scores = expected.clone()
     for head in range(view.num_kv_heads):

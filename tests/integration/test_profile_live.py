@@ -28,6 +28,7 @@ CONFIG = {"sink_tokens": SINKS, "recent_tokens": RECENT, "interval": 32}
         ("distinct", "global", 4, "the utility of this prompt and the model's calibration"),
         # Its scores last: later compactions rate only what is new, as a server does.
         ("predictor", "profile", 8, "the model's calibration"),
+        ("predictor-tova", "global", 4, "the model's calibration"),
     ],
 )
 @pytest.mark.usefixtures("smollm2_path")

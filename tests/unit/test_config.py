@@ -147,7 +147,7 @@ def test_auto_bits_depend_on_what_reads_them(given: dict[str, Any], full_speed: 
 @pytest.mark.parametrize(
     ("given", "calibration", "predictor", "scorer"),
     [
-        ({}, "/made", True, "predictor"),
+        ({}, "/made", True, "predictor-tova"),
         ({}, "/made", False, "tova"),
         ({}, None, False, "distinct"),
         ({"dealing": "equal"}, None, False, "tova"),

@@ -62,7 +62,17 @@ def test_entry_points_resolve(tmp_path: Path) -> None:
         ("vllm.general_plugins", "deltamem"),
     } <= declared
     scorers = {name for group, name in declared if group == "deltamem.scorers"}
-    assert scorers == {"delta", "snapkv", "tova", "predictor", "distinct", "keydiff", "streaming", "random"}
+    assert scorers == {
+        "delta",
+        "snapkv",
+        "tova",
+        "predictor",
+        "predictor-tova",
+        "distinct",
+        "keydiff",
+        "streaming",
+        "random",
+    }
     # In a process of its own: loading them imports vLLM, which other unit tests do without.
     code = (
         "from importlib.metadata import distribution\n"

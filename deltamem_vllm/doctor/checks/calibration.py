@@ -43,14 +43,14 @@ def check_calibration(asked: Asked) -> Iterator[Finding]:
         yield Finding(
             NAME,
             "warning",
-            f"{told['folder']} has no predictor of this version: scorer `auto` is `distinct`",
+            f"{told['folder']} has no predictor of this version: scorer `auto` is `tova`",
             f"{make} --force",
         )
     else:
         yield Finding(
             NAME,
             "ok",
-            f"{_origin(told)} for fingerprint {short}: {told['folder']}; scorer `auto` is `predictor`",
+            f"{_origin(told)} for fingerprint {short}: {told['folder']}; scorer `auto` is `predictor-tova`",
         )
 
 

@@ -53,6 +53,11 @@ _MEANINGS = {
         "yes",
         "Every head's prediction is of the same thing: the largest share of a query's attention.",
     ),
+    "predictor-tova": Meaning(
+        "what the predictor expects, of this token or of the one that it ranks where the newest query ranks this one",
+        "yes",
+        "The numbers are predictions, all of one thing; which token has which is partly the newest query's choice.",
+    ),
     "distinct": Meaning(
         "distance of key and value from those of their head",
         "yes",

@@ -83,7 +83,7 @@ def test_this_installation_is_well(smollm2_path: str) -> None:
         "torch": "CPU build",
         "compiler": "compiles",
         "model": "scorer predictor",
-        "calibration": "scorer `auto` is `predictor`",
+        "calibration": "scorer `auto` is `predictor-tova`",
         "scorers": "predictor",
         "triton_kernels": "no top-level package",
     }.items():
