@@ -3,8 +3,13 @@
 """GB/s of the native codecs and of moving tokens, against copying as many bytes, and against the torch versions.
 
 Bytes are what an operation must read and write at least once: the tokens that are moved, or the tokens and the coded
-part of their pages. The ceiling is memcpy of half as many (it reads and writes each) by the same threads. All versions
-take turns, so that a noisy machine is noisy for all; figures are medians.
+part of their pages. The ceiling is memcpy of half as many (it reads and writes each) by the same threads. Memory comes
+in lines of 64 bytes, though, and where the elements of a token are spread, as keys that are transposed, a line is read
+for the few bytes of it that are wanted. "In lines" counts what the memory has to deliver: all 64 bytes of every line
+that holds something to read, once, and of every line written. "Of memcpy" says how much of a copy's speed arrives at
+the tokens, "in lines" how much of the memory's speed is used. Moves in place go to pages that are read, too. Dense
+gathers and decoding write to memory that is there already; torch's versions get theirs on every call. All versions take
+turns, so that a noisy machine is noisy for all; figures are medians.
 
     .venv/bin/python benchmarks/native_cpu.py [--threads 2] [--isa avx2] [--bits 4] [--markdown FILE]
 """
@@ -27,14 +32,18 @@ from deltamem_vllm.ops.cold import decode_delta, encode_delta, encode_from
 from deltamem_vllm.ops.dealt_pages import DealtPages
 from deltamem_vllm.ops.inputs import make_layout
 from deltamem_vllm.ops.inputs_cold import make_cold_tokens, put_in_pool
+from deltamem_vllm.ops.layout import PageLayout
+
+LINE = 64  # bytes that a processor reads at once
 
 
 @dataclass(frozen=True)
 class Case:
-    """One operation: its bytes, and both versions of it."""
+    """One operation: its bytes, the bytes of all lines that hold some of them, and both versions of it."""
 
     name: str
     moved: int
+    lines: int
     ours: Callable[[], object]
     torchs: Callable[[], object]
 
@@ -49,8 +58,8 @@ def main() -> None:
                 f"\n## {threads} thread(s), {native.isa()}\n\nHeads of {args.dim} dims, blocks of {args.block} tokens, "
                 f"bfloat16, {args.mebibytes} MiB of tokens in each operation, medians of {args.rounds} rounds.\n"
             )
-            out.add(f"| {'operation':36} | MB   | GB/s | of memcpy | torch GB/s | times torch |")
-            out.add("| :--- | ---: | ---: | ---: | ---: | ---: |")
+            out.add(f"| {'operation':36} | MB   | GB/s | of memcpy | in lines | torch GB/s | times torch |")
+            out.add("| :--- | ---: | ---: | ---: | ---: | ---: | ---: |")
             for case in [*cold_cases(args), *move_cases(args)]:
                 report(case, args.rounds, out)
     out.close()
@@ -69,8 +78,8 @@ def report(case: Case, rounds: int, out: Report) -> None:
                 seconds[name].append(time.perf_counter() - began)
     ours, copy, torchs = (case.moved / statistics.median(seconds[name]) / 1e9 for name in turns)
     out.add(
-        f"| {case.name:36} | {case.moved / 1e6:4.0f} | {ours:4.1f} | {ours / copy:9.0%} | {torchs:10.2f} "
-        f"| {ours / torchs:11.1f} |"
+        f"| {case.name:36} | {case.moved / 1e6:4.0f} | {ours:4.1f} | {ours / copy:9.0%} "
+        f"| {ours / copy * case.lines / case.moved:8.0%} | {torchs:10.2f} | {ours / torchs:11.1f} |"
     )
 
 
@@ -93,11 +102,13 @@ def cold_cases(args: argparse.Namespace) -> list[Case]:
             Case(
                 f"encode_delta, {bits} bits, C {cold.capacity}",
                 moved,
+                moved,
                 lambda a=(cold, keys, values, counts, raw, ids): encode_delta(*a),
                 lambda a=(cold, keys, values, counts): encode_pages(*a),
             ),
             Case(
                 f"decode_delta, {bits} bits",
+                moved,
                 moved,
                 lambda a=(cold, raw, ids, dtype, out): decode_delta(*a),
                 lambda a=(cold, raw): [part.to(dtype) for part in decode_pages(*a)[:2]],
@@ -119,6 +130,7 @@ def cold_cases(args: argparse.Namespace) -> list[Case]:
                 Case(
                     f"encode_from, {bits} bits, {layout}",
                     moved,
+                    lines_read(there.pool, there.layout, there.pages, there.slots) + pages * page_bytes,
                     lambda a=(there.pool, there.layout, cold, there.pages, there.slots, counts, there.spare): (
                         encode_from(*a)
                     ),
@@ -126,6 +138,17 @@ def cold_cases(args: argparse.Namespace) -> list[Case]:
                 )
             )
     return cases
+
+
+def lines_read(pool: torch.Tensor, layout: PageLayout, page: torch.Tensor, slot: torch.Tensor) -> int:
+    """Bytes of the lines that hold these tokens of a pool whose pages begin lines."""
+    size = pool.element_size()
+    of_slots = torch.zeros(layout.block_size, -(-pool.shape[1] * size // LINE))
+    for offsets in (layout.keys, layout.values):
+        of_slots.scatter_(1, offsets * size // LINE, 1.0)
+    wanted = torch.zeros(pool.shape[0], layout.block_size)
+    wanted[page.flatten(), slot.flatten()] = 1.0
+    return int((wanted @ of_slots > 0).sum()) * LINE
 
 
 def move_cases(args: argparse.Namespace) -> list[Case]:
@@ -141,26 +164,32 @@ def move_cases(args: argparse.Namespace) -> list[Case]:
             order = torch.randperm(hot + targets, generator=generator)
             kept = torch.randperm(hot * args.block, generator=generator)[: targets * args.block].sort().values
             page, slot = order[kept // args.block], kept % args.block
-            mover = DealtPages(make_layout(layout, args.block, args.dim))
+            paged = make_layout(layout, args.block, args.dim)
+            mover = DealtPages(paged)
             moved = 2 * targets * page_numbers * 2
-            for in_place in (False, True):
+            lines = lines_read(pool, paged, page, slot) + moved // 2
+            read = order[:hot][torch.randperm(hot, generator=generator)[:targets]]
+            for in_place, to in ((False, order[hot:]), (True, read)):
 
-                def in_torch(pool=pool, page=page, slot=slot, to=order[hot:], mover=mover) -> None:
+                def in_torch(pool=pool, page=page, slot=slot, to=to, mover=mover) -> None:
                     mover.scatter(pool, to, *(mover._gather(pool, name, page, slot) for name in ("keys", "values")))
 
                 cases.append(
                     Case(
                         f"move {share:.0%}, {layout}{', in place' if in_place else ''}",
                         moved,
-                        lambda a=(pool, page, slot, order[hot:], in_place), mover=mover: mover.move(*a),
+                        lines,
+                        lambda a=(pool, page, slot, to, in_place), mover=mover: mover.move(*a),
                         in_torch,
                     )
                 )
+            out = tuple(torch.empty(len(page), args.dim, dtype=pool.dtype) for _ in range(2))
             cases.append(
                 Case(
                     f"gather {share:.0%} (dense), {layout}",
                     moved,
-                    lambda a=(pool, page, slot), mover=mover: mover.gather(*a),
+                    lines,
+                    lambda a=(pool, page, slot, out), mover=mover: mover.gather(*a),
                     lambda a=(pool, page, slot), mover=mover: [
                         mover._gather(a[0], name, *a[1:]) for name in ("keys", "values")
                     ],

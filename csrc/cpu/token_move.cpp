@@ -1,33 +1,38 @@
 // SPDX-License-Identifier: Apache-2.0
 // SPDX-FileCopyrightText: Copyright contributors to the deltamem project
 //
-// gather_pages: survivors of a compaction moved between pages. Arguments were checked by deltamem_vllm/ops/gather.py.
+// Tokens of pages, as rows and into other pages. Arguments were checked by deltamem_vllm/ops/gather.py.
 
 #include "token_move.h"
 
 #include <cstring>
 
 #include "isa.h"
+#include "memory_stream.h"
+
+#if DELTAMEM_X86
+#include <emmintrin.h>
+#define DELTAMEM_STREAM_LINE(from, to)                                             \
+  for (int i = 0; i < 4; ++i) {                                                    \
+    _mm_stream_si128(reinterpret_cast<__m128i*>(to) + i,                           \
+                     _mm_loadu_si128(reinterpret_cast<const __m128i*>(from) + i)); \
+  }
+#endif
+#include "token_rows.inl"
+
+const CopyKernels kCopyPortable = {rows, stream};
+
+const CopyKernels& copy_kernels() {
+#if DELTAMEM_X86
+  if (deltamem_isa() >= kAvx512) return kCopyAvx512;
+  if (deltamem_isa() >= kAvx2) return kCopyAvx2;
+#endif
+  return kCopyPortable;
+}
 
 namespace {
 
-// Copies of a length that the compiler knows are a few instructions; others are a call.
-template <int64_t Bytes>
-void copy_rows(const uint8_t* const* from, int64_t count, uint8_t* to, int64_t to_step) {
-  for (int64_t k = 0; k < count; ++k) std::memcpy(to + k * to_step, from[k], Bytes);
-}
-
 constexpr int64_t kTogether = 32;
-
-// Tokens whose elements lie side by side, from `from` to rows `to_step` bytes apart.
-void copy_tokens(const uint8_t* const* from, int64_t count, uint8_t* to, int64_t to_step, int64_t bytes) {
-  if (bytes == 128) return copy_rows<128>(from, count, to, to_step);
-  if (bytes == 160) return copy_rows<160>(from, count, to, to_step);
-  if (bytes == 192) return copy_rows<192>(from, count, to, to_step);
-  if (bytes == 256) return copy_rows<256>(from, count, to, to_step);
-  if (bytes == 512) return copy_rows<512>(from, count, to, to_step);
-  for (int64_t k = 0; k < count; ++k) std::memcpy(to + k * to_step, from[k], bytes);
-}
 
 // Elements `from_dim` apart to elements `to_dim` apart; the tokens' inner loop, so that lines of a page are reused.
 template <class E>
@@ -42,30 +47,10 @@ void copy_elements(const uint8_t* const* from, int64_t count, int64_t dim, int64
 
 void copy_strided(int64_t size, const uint8_t* const* from, int64_t count, int64_t dim, int64_t from_dim, uint8_t* to,
                   int64_t to_step, int64_t to_dim) {
-  if (from_dim == 1 && to_dim == 1) return copy_tokens(from, count, to, to_step, dim * size);
+  if (from_dim == 1 && to_dim == 1) return copy_kernels().rows(from, count, to, to_step, dim * size);
   if (size == 1) copy_elements<uint8_t>(from, count, dim, from_dim, to, to_step, to_dim);
   else if (size == 2) copy_elements<uint16_t>(from, count, dim, from_dim, to, to_step, to_dim);
   else copy_elements<uint32_t>(from, count, dim, from_dim, to, to_step, to_dim);
-}
-
-void fill_part(int64_t size, int64_t dim, const uint8_t* pool, int64_t stride, const PartLayout& part,
-               const int64_t* page, const int64_t* slot, uint8_t* target) {
-  const int64_t slots = part.slots;
-#if DELTAMEM_X86
-  if (size == 2 && part.per_slot == 1 && deltamem_isa() >= kAvx512 &&
-      fill_transposed_avx512(dim, pool, stride, part, slots, page, slot, target)) {
-    return;
-  }
-#endif
-  for (int64_t first = 0; first < slots; first += kTogether) {
-    const int64_t n = slots - first < kTogether ? slots - first : kTogether;
-    const uint8_t* from[kTogether];
-    for (int64_t k = 0; k < n; ++k) {
-      from[k] = pool + page[first + k] * stride + (part.base + slot[first + k] * part.per_slot) * size;
-    }
-    uint8_t* to = target + (part.base + first * part.per_slot) * size;
-    copy_strided(size, from, n, dim, part.per_dim, to, part.per_slot * size, part.per_dim);
-  }
 }
 
 #if DELTAMEM_X86
@@ -113,32 +98,87 @@ void gather_part(int64_t size, int64_t dim, const uint8_t* pool, int64_t stride,
   }
 }
 
-// Tokens (page[k], slot[k]) of the pool -> keys, values [count, dim]. layout: token_move.h.
-DELTAMEM_API void deltamem_gather_tokens(int64_t size, int64_t dim, const uint8_t* pool, int64_t stride,
-                                         const int64_t* layout, const int64_t* page, const int64_t* slot,
-                                         int64_t count, uint8_t* keys, uint8_t* values) {
-  const PartLayout key_part = key_layout(layout), value_part = value_layout(layout);
-  constexpr int64_t kStep = 256;
-#pragma omp parallel for schedule(static) if (count > kStep)
-  for (int64_t first = 0; first < count; first += kStep) {
-    const int64_t n = count - first < kStep ? count - first : kStep, at = first * dim * size;
-    gather_part(size, dim, pool, stride, key_part, page + first, slot + first, n, keys + at);
-    gather_part(size, dim, pool, stride, value_part, page + first, slot + first, n, values + at);
+void prefetch_part(int64_t size, int64_t dim, const PartLayout& part, const uint8_t* const* page, const int64_t* slot,
+                   int64_t groups, int64_t count) {
+  const auto begin = [&](int64_t g, int64_t k) {
+    const int64_t i = g * count + k;
+    return page[i] + (part.base + slot[i] * part.per_slot) * size;
+  };
+  if (part.per_dim == 1) {
+    for (int64_t k = 0; k < count; ++k) {
+      for (int64_t g = 0; g < groups; ++g) {
+        const uint8_t *row = begin(g, k), *end = row + dim * size;
+        for (const uint8_t* at = line_of(row); at < end; at += kLine) prefetch_line(at);
+      }
+    }
+    return;
+  }
+  // Neighbouring slots share the lines of a channel, and short channels share lines. Lines far apart are fetched by
+  // reading a byte of them, a few columns in turn: the hardware then runs ahead in each of them, which it does less for
+  // lines that it was only asked for.
+  constexpr int kMost = 8;
+  const uint8_t* columns[kMost];
+  const int64_t channel = part.per_dim * size, step = channel < kLine ? kLine / channel : 1;
+  int found = 0;
+  const auto read = [&] {
+    for (int64_t d = 0; d < dim; d += step) {
+      for (int c = 0; c < found; ++c) static_cast<void>(*const_cast<const volatile uint8_t*>(columns[c] + d * channel));
+    }
+    found = 0;
+  };
+  for (int64_t g = 0; g < groups; ++g) {
+    for (int64_t k = 0; k < count; ++k) {
+      const uint8_t* column = begin(g, k);
+      if (found > 0 && line_of(columns[found - 1]) == line_of(column)) continue;
+      if (found == kMost) read();
+      columns[found++] = column;
+    }
+  }
+  read();
+}
+
+void fill_part(int64_t size, int64_t dim, const PartLayout& part, const uint8_t* const* page, const int64_t* slot,
+               uint8_t* to) {
+#if DELTAMEM_X86
+  if (size == 2 && part.per_slot == 1 && deltamem_isa() >= kAvx512 &&
+      fill_transposed_avx512(dim, part, page, slot, to)) {
+    return;
+  }
+#endif
+  for (int64_t first = 0; first < part.slots; first += kTogether) {
+    const int64_t n = part.slots - first < kTogether ? part.slots - first : kTogether;
+    const uint8_t* from[kTogether];
+    for (int64_t k = 0; k < n; ++k) from[k] = page[first + k] + (part.base + slot[first + k] * part.per_slot) * size;
+    uint8_t* rows = to + (part.base + first * part.per_slot) * size;
+    copy_strided(size, from, n, dim, part.per_dim, rows, part.per_slot * size, part.per_dim);
   }
 }
 
-// Tokens (page[p, s], slot[p, s]) of the pool -> slot s of page targets[p] (or p if null) of `to`. No source is among
-// the targets: pages are written in any order.
-DELTAMEM_API void deltamem_gather_pages(int64_t size, int64_t dim, const uint8_t* pool, int64_t stride,
-                                        const int64_t* layout, const int64_t* page, const int64_t* slot,
-                                        const int64_t* targets, int64_t pages, uint8_t* to, int64_t to_stride) {
-  const PartLayout key_part = key_layout(layout), value_part = value_layout(layout);
-  const int64_t slots = key_part.slots;
-#pragma omp parallel for schedule(static) if (pages > 1)
-  for (int64_t p = 0; p < pages; ++p) {
-    const int64_t *own_page = page + p * slots, *own_slot = slot + p * slots;
-    uint8_t* target = to + (targets ? targets[p] : p) * to_stride;
-    fill_part(size, dim, pool, stride, key_part, own_page, own_slot, target);
-    fill_part(size, dim, pool, stride, value_part, own_page, own_slot, target);
+// Tokens (page[k], slot[k]) of the pool -> keys, values [count, dim]. layout: token_move.h. `streamed`: what is written
+// does not fit into the caches.
+DELTAMEM_API void deltamem_gather_tokens(int64_t size, int64_t dim, const uint8_t* pool, int64_t stride,
+                                         const int64_t* layout, const int64_t* page, const int64_t* slot,
+                                         int64_t count, uint8_t* keys, uint8_t* values, int streamed) {
+  const PartLayout parts[] = {key_layout(layout), value_layout(layout)};
+  uint8_t* const rows[] = {keys, values};
+  constexpr int64_t kGroups = 8, kStep = kGroups * 16;
+  const int64_t row = dim * size;
+#pragma omp parallel if (count > kStep)
+  {
+    const LineBuffer buffer(kStep * row);
+#pragma omp for schedule(static)
+    for (int64_t first = 0; first < count; first += kStep) {
+      const int64_t n = count - first < kStep ? count - first : kStep;
+      const uint8_t* from[kStep];
+      for (int64_t k = 0; k < n; ++k) from[k] = pool + page[first + k] * stride;
+      for (const PartLayout& part : parts) prefetch_part(size, dim, part, from, slot + first, n / 16, 16);
+      for (int i = 0; i < 2; ++i) {
+        uint8_t* to = rows[i] + first * row;
+        uint8_t* out = streamed ? buffer.data() : to;
+        gather_part(size, dim, pool, stride, parts[i], page + first, slot + first, n, out);
+        if (streamed) copy_kernels().stream(out, n * row, to);
+      }
+    }
+    finish_streaming();
   }
 }

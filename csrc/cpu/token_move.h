@@ -2,11 +2,14 @@
 // SPDX-FileCopyrightText: Copyright contributors to the deltamem project
 //
 // Tokens taken out of pages of the pool, or put from page to page. Pages have an affine layout: element d of the key
-// (value) in a slot stands at base + slot * per_slot + d * per_dim, counted in elements from the page's start.
+// (value) in a slot stands at base + slot * per_slot + d * per_dim, counted in elements from the page's start. Keys and
+// values of its slots are all that a page holds.
 
 #pragma once
 
 #include <cstdint>
+
+#include "isa.h"
 
 struct PartLayout {
   int64_t base, per_slot, per_dim, slots;
@@ -21,10 +24,31 @@ inline PartLayout value_layout(const int64_t* layout) { return {layout[3], layou
 void gather_part(int64_t size, int64_t dim, const uint8_t* pool, int64_t stride, const PartLayout& part,
                  const int64_t* page, const int64_t* slot, int64_t count, uint8_t* to);
 
-// Where the elements of a channel stand side by side ("transposed"): fill the slots of one page with tokens of others,
-// channel by channel. Two bytes an element. False if this shape has no fast version here.
-bool fill_transposed_avx512(int64_t dim, const uint8_t* pool, int64_t stride, const PartLayout& part, int64_t slots,
-                            const int64_t* page, const int64_t* slot, uint8_t* target);
+// Bring keys (or values) of `groups` times `count` tokens into the caches, token [g, k] from slot[g, k] of the page
+// that begins at page[g, k]. The second cache should hold them all. A memory delivers twice as fast what it is asked
+// for from several pages in turn as what it is asked for page by page: groups should be of different pages.
+void prefetch_part(int64_t size, int64_t dim, const PartLayout& part, const uint8_t* const* page, const int64_t* slot,
+                   int64_t groups, int64_t count);
+
+// Keys (or values) in all slots of the page `to`: token k from slot[k] of the page that begins at page[k].
+void fill_part(int64_t size, int64_t dim, const PartLayout& part, const uint8_t* const* page, const int64_t* slot,
+               uint8_t* to);
+
+// Copies of one instruction set.
+struct CopyKernels {
+  // `bytes` from each of from[0 ... count - 1] to places `to_step` apart.
+  void (*rows)(const uint8_t* const* from, int64_t count, uint8_t* to, int64_t to_step, int64_t bytes);
+  // Whole lines past the caches: an ordinary store first reads the line that it is about to replace. What is left at
+  // the end, and memory that begins inside a line, is copied as usual. finish_streaming() has to follow.
+  void (*stream)(const uint8_t* from, int64_t bytes, uint8_t* to);
+};
+extern const CopyKernels kCopyPortable, kCopyAvx2, kCopyAvx512;
+const CopyKernels& copy_kernels();
+
+// Where the elements of a channel stand side by side ("transposed"): fill_part, channel by channel. Two bytes an
+// element. False if this shape has no fast version here.
+bool fill_transposed_avx512(int64_t dim, const PartLayout& part, const uint8_t* const* page, const int64_t* slot,
+                            uint8_t* to);
 
 // Some of up to 16 neighbouring slots of one page, keys as above -> rows of `dim` elements, one after the other.
 // `from` is the first of these slots, lanes[k] the place among them of row k's token; dim is a multiple of 16.

@@ -3,7 +3,19 @@
 
 #include <immintrin.h>
 
+#include <cstring>
+
+#include "memory_stream.h"
 #include "token_move.h"
+
+#define DELTAMEM_STREAM_LINE(from, to)                                                \
+  for (int i = 0; i < 2; ++i) {                                                       \
+    _mm256_stream_si256(reinterpret_cast<__m256i*>(to) + i,                           \
+                        _mm256_loadu_si256(reinterpret_cast<const __m256i*>(from) + i)); \
+  }
+#include "token_rows.inl"
+
+const CopyKernels kCopyAvx2 = {rows, stream};
 
 namespace {
 

@@ -3,7 +3,16 @@
 
 #include <immintrin.h>
 
+#include <cstring>
+
+#include "memory_stream.h"
 #include "token_move.h"
+
+#define DELTAMEM_STREAM_LINE(from, to) \
+  _mm512_stream_si512(reinterpret_cast<__m512i*>(to), _mm512_loadu_si512(from))
+#include "token_rows.inl"
+
+const CopyKernels kCopyAvx512 = {rows, stream};
 
 namespace {
 
@@ -37,11 +46,11 @@ struct Narrow {
 
 // Runs for kLanes slots, found in the order in which tokens come: survivors of a page follow each other.
 template <class S>
-int find_runs(const uint8_t* pool, int64_t stride, int64_t base, const int64_t* page, const int64_t* slot, Run* runs) {
+int find_runs(int64_t base, const uint8_t* const* page, const int64_t* slot, Run* runs) {
   int count = 0;
   const uint8_t* last = nullptr;
   for (int64_t k = 0; k < S::kLanes; ++k) {
-    const uint8_t* from = pool + page[k] * stride + 2 * (base + slot[k] / S::kLanes * S::kLanes);
+    const uint8_t* from = page[k] + 2 * (base + slot[k] / S::kLanes * S::kLanes);
     if (from != last) {
       runs[count].from = last = from;
       runs[count++].lanes = 0;
@@ -75,21 +84,20 @@ void fill(int64_t dim, int64_t per_dim, const Run* runs, int count, uint8_t* to)
 }
 
 template <class S>
-void fill_page(int64_t dim, const uint8_t* pool, int64_t stride, const PartLayout& part, int64_t slots,
-               const int64_t* page, const int64_t* slot, uint8_t* target) {
-  for (int64_t first = 0; first < slots; first += S::kLanes) {
+void fill_page(int64_t dim, const PartLayout& part, const uint8_t* const* page, const int64_t* slot, uint8_t* to) {
+  for (int64_t first = 0; first < part.slots; first += S::kLanes) {
     Run runs[S::kLanes];
-    const int count = find_runs<S>(pool, stride, part.base, page + first, slot + first, runs);
-    fill<S>(dim, part.per_dim, runs, count, target + 2 * (part.base + first));
+    const int count = find_runs<S>(part.base, page + first, slot + first, runs);
+    fill<S>(dim, part.per_dim, runs, count, to + 2 * (part.base + first));
   }
 }
 
 }  // namespace
 
-bool fill_transposed_avx512(int64_t dim, const uint8_t* pool, int64_t stride, const PartLayout& part, int64_t slots,
-                            const int64_t* page, const int64_t* slot, uint8_t* target) {
-  if (slots % Wide::kLanes == 0) fill_page<Wide>(dim, pool, stride, part, slots, page, slot, target);
-  else if (slots % Narrow::kLanes == 0) fill_page<Narrow>(dim, pool, stride, part, slots, page, slot, target);
+bool fill_transposed_avx512(int64_t dim, const PartLayout& part, const uint8_t* const* page, const int64_t* slot,
+                            uint8_t* to) {
+  if (part.slots % Wide::kLanes == 0) fill_page<Wide>(dim, part, page, slot, to);
+  else if (part.slots % Narrow::kLanes == 0) fill_page<Narrow>(dim, part, page, slot, to);
   else return false;
   return true;
 }

@@ -65,15 +65,17 @@ class ColdTier:
         size, made = self._pool.block_size, len(choice.pair)
         pending: list[tuple[Tensor, Tensor]] = []
         by_pair = pages.flatten(0, 1)
+        dense = self._dense(min(made, _PAGES_AT_A_TIME)) if in_place else None
         for start in range(0, made, _PAGES_AT_A_TIME):
             part = slice(start, start + _PAGES_AT_A_TIME)
             tokens = choice.tokens[part]
             page, slot = by_pair[choice.pair[part].unsqueeze(1), tokens // size].long(), tokens % size
             counts, places = choice.counts[part], target[:made][part]
-            if not in_place:
+            if dense is None:
                 encode_from(self._pool.flat, self._hot, self.layout, page, slot, counts, places)
                 continue
-            keys, values = self._mover.gather(self._pool.flat, page.flatten(), slot.flatten())
+            out = (dense[0][: page.numel()], dense[1][: page.numel()])
+            keys, values = self._mover.gather(self._pool.flat, page.flatten(), slot.flatten(), out)
             shape = (*tokens.shape, self.layout.head_size)
             pending.append((places, encode_pages(self.layout, keys.view(shape), values.view(shape), counts)))
         if old is not None and choice.stay is not None:
@@ -86,6 +88,12 @@ class ColdTier:
             absent = torch.arange(self.layout.capacity, device=scores.device) >= choice.counts.unsqueeze(1)
             scores = scores.masked_fill(absent, float("-inf"))
         return combined(choice, old, target, scores), pending
+
+    def _dense(self, pages: int) -> tuple[Tensor, Tensor]:
+        """Memory for the tokens of so many cold pages, used for one part of them after the other."""
+        shape = (pages * self.layout.capacity, self.layout.head_size)
+        keys = torch.empty(shape, dtype=self._pool.flat.dtype, device=self._pool.device)
+        return keys, torch.empty_like(keys)
 
     def wipe(self, pages: Tensor) -> None:
         """Zero pages that are no longer cold, before anything else is written to them.

@@ -42,3 +42,19 @@ def check_places(pages: Tensor, slots: Tensor, num_pages: int, block_size: int) 
     ValueError: wrong dtype, shapes that differ, or a place outside the pool.
     """
     return check_ids("page", pages, slots.shape, num_pages), check_ids("slot", slots, pages.shape, block_size)
+
+
+def check_rows(pool: Tensor, shape: tuple[int, int], keys: Tensor, values: Tensor) -> None:
+    """Memory for tokens of a pool: keys and values of this shape, as the pool's numbers, contiguous, where the pool is.
+
+    Raises
+    ------
+    ValueError: one of them is not.
+    """
+    for name, rows in (("keys", keys), ("values", values)):
+        fits = rows.shape == shape and rows.is_contiguous() and (rows.dtype, rows.device) == (pool.dtype, pool.device)
+        if not fits:
+            raise ValueError(
+                f"{name} to write to must be contiguous {shape} {pool.dtype} on {pool.device}, "
+                f"got {tuple(rows.shape)} {rows.dtype} on {rows.device} with strides {rows.stride()}"
+            )

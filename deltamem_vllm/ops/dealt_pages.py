@@ -14,6 +14,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from deltamem_vllm.ops.checks import check_rows
 from deltamem_vllm.ops.gather import PoolStrides, gather_pages, gather_tokens
 from deltamem_vllm.ops.layout import PageLayout
 
@@ -78,13 +79,16 @@ class DealtPages:
             dense.append(tokens)
         return dense[0], dense[1]
 
-    def gather(self, pool: Tensor, page: Tensor, slot: Tensor) -> tuple[Tensor, Tensor]:
+    def gather(
+        self, pool: Tensor, page: Tensor, slot: Tensor, out: tuple[Tensor, Tensor] | None = None
+    ) -> tuple[Tensor, Tensor]:
         """Copy single tokens out of the pool.
 
         Parameters
         ----------
         pool: ``[NP, block_size * 2 * D]``.
         page, slot: ``[K]`` int32 or int64, where each token stands: page id and slot in that page.
+        out: where to put the result: what this method would return. Fresh memory takes longer to get than to fill.
 
         Returns
         -------
@@ -99,10 +103,14 @@ class DealtPages:
         if page.shape != slot.shape:
             raise ValueError(f"page and slot must be equally long, got {page.shape[0]} and {slot.shape[0]}")
         strides = self._native_strides(pool)
-        native = None if strides is None else gather_tokens(pool, strides, page, slot)
+        native = None if strides is None else gather_tokens(pool, strides, page, slot, out)
         if native is not None:
             return native
-        return self._gather(pool, "keys", page, slot), self._gather(pool, "values", page, slot)
+        keys, values = self._gather(pool, "keys", page, slot), self._gather(pool, "values", page, slot)
+        if out is None:
+            return keys, values
+        check_rows(pool, (page.shape[0], self._layout.head_size), *out)
+        return out[0].copy_(keys), out[1].copy_(values)
 
     def move(self, pool: Tensor, page: Tensor, slot: Tensor, targets: Tensor, in_place: bool) -> None:
         """Fill whole pages with tokens of other pages.
@@ -112,8 +120,8 @@ class DealtPages:
         pool: ``[NP, block_size * 2 * D]``; modified.
         page, slot: ``[p * block_size]`` int32 or int64, where the tokens stand: ``block_size`` of them for each target.
         targets: ``[p]`` int32 or int64, distinct page ids.
-        in_place: targets may be among ``page``: all tokens are read before anything is written, which takes memory for
-            as many pages. Otherwise a page that is both ends up with undefined tokens.
+        in_place: targets may be among ``page``. That may take memory for as many pages, and always does in plain torch.
+            Otherwise a page that is both ends up with undefined tokens.
 
         Raises
         ------

@@ -15,10 +15,17 @@ import torch
 from torch import Tensor
 
 from deltamem_vllm.ops import native
-from deltamem_vllm.ops.checks import check_ids, check_places
+from deltamem_vllm.ops.checks import check_ids, check_places, check_rows
 from deltamem_vllm.ops.layout import PageLayout
 
 _ITEM_BYTES = (1, 2, 4)
+
+# What writes as much goes past the caches, as it would only push itself out of them: what an L3 cache of today holds.
+# Less is written as usual, so that the next step finds it there.
+_STREAMED_BYTES = 32 * 2**20
+
+# Pages filled before the first of them is written, where targets are among the sources: they stay in an L2 cache.
+_TOGETHER_BYTES = 256 * 2**10
 
 
 @dataclass(frozen=True)
@@ -62,7 +69,9 @@ class PoolStrides:
         return (ctypes.c_int64 * 7)(*self.keys, *self.values, self.slots)
 
 
-def gather_tokens(pool: Tensor, strides: PoolStrides, page: Tensor, slot: Tensor) -> tuple[Tensor, Tensor] | None:
+def gather_tokens(
+    pool: Tensor, strides: PoolStrides, page: Tensor, slot: Tensor, out: tuple[Tensor, Tensor] | None = None
+) -> tuple[Tensor, Tensor] | None:
     """Copy single tokens out of the pool.
 
     Parameters
@@ -70,6 +79,7 @@ def gather_tokens(pool: Tensor, strides: PoolStrides, page: Tensor, slot: Tensor
     pool: ``[num_pages, block_size * 2 * D]``.
     strides: of the pool.
     page, slot: ``[K]`` int32 or int64, where each token stands.
+    out: where to put the result: what this function would return.
 
     Returns
     -------
@@ -84,13 +94,15 @@ def gather_tokens(pool: Tensor, strides: PoolStrides, page: Tensor, slot: Tensor
     if library is None:
         return None
     page, slot = check_places(page, slot, pool.shape[0], strides.slots)
-    keys = torch.empty(page.shape[0], strides.dim, dtype=pool.dtype)
-    values = torch.empty_like(keys)
+    shape = (page.shape[0], strides.dim)
+    keys, values = out or (torch.empty(shape, dtype=pool.dtype), torch.empty(shape, dtype=pool.dtype))
+    check_rows(pool, shape, keys, values)
     library.deltamem_gather_tokens(
         *_pool_arguments(pool, strides),
         *map(native.pointer, (page, slot)),
         native.int64(page.shape[0]),
         *map(native.pointer, (keys, values)),
+        _streamed(keys.nbytes + values.nbytes),
     )
     return keys, values
 
@@ -98,7 +110,7 @@ def gather_tokens(pool: Tensor, strides: PoolStrides, page: Tensor, slot: Tensor
 def gather_pages(
     pool: Tensor, strides: PoolStrides, page: Tensor, slot: Tensor, targets: Tensor, in_place: bool
 ) -> bool:
-    """Fill whole pages of the pool with tokens of other pages, without a dense copy of them in between.
+    """Fill whole pages of the pool with tokens of other pages, page by page.
 
     Parameters
     ----------
@@ -106,7 +118,8 @@ def gather_pages(
     strides: of the pool.
     page, slot: ``[p * block_size]`` int32 or int64, where the tokens of each target stand, in the order of its slots.
     targets: ``[p]`` int32 or int64, distinct page ids.
-    in_place: targets may be among ``page``: all tokens are read before the first page is written.
+    in_place: targets may be among ``page``: they are filled in an order in which that is safe, and what stands in a
+        page is set aside where no order is. At worst, if every page takes tokens from many others, that is most pages.
 
     Returns
     -------
@@ -124,17 +137,16 @@ def gather_pages(
     if page.shape != (count * strides.slots,):
         raise ValueError(f"{count} pages take {count * strides.slots} tokens, got {tuple(page.shape)}")
     page, slot = check_places(page, slot, pool.shape[0], strides.slots)
-    out = kept_pages(pool, count) if in_place else pool
-    places = torch.arange(count) if in_place else targets
+    together = max(1, _TOGETHER_BYTES // (pool.shape[1] * pool.element_size()))
+    memory = kept_pages(pool, together + count) if in_place else None
     library.deltamem_gather_pages(
         *_pool_arguments(pool, strides),
-        *map(native.pointer, (page, slot, places)),
+        *map(native.pointer, (page, slot, targets)),
         native.int64(count),
-        native.pointer(out),
-        native.int64(out.stride(0) * pool.element_size()),
+        _streamed(count * pool.shape[1] * pool.element_size()),
+        None if memory is None else native.pointer(memory),
+        native.int64(together),
     )
-    if in_place:
-        pool.index_copy_(0, targets, out)
     return True
 
 
@@ -155,6 +167,10 @@ def kept_pages(pool: Tensor, count: int) -> Tensor:
     if held is None or held.numel() < needed:
         held = _kept.memory = torch.empty(needed, dtype=torch.uint8)
     return held[:needed].view(pool.dtype).view(count, pool.shape[1])
+
+
+def _streamed(written: int) -> int:
+    return int(written >= _STREAMED_BYTES)
 
 
 def _library_for(pool: Tensor) -> ctypes.CDLL | None:
