@@ -7,9 +7,9 @@ part of their pages. The ceiling is memcpy of half as many (it reads and writes 
 in lines of 64 bytes, though, and where the elements of a token are spread, as keys that are transposed, a line is read
 for the few bytes of it that are wanted. "In lines" counts what the memory has to deliver: all 64 bytes of every line
 that holds something to read, once, and of every line written. "Of memcpy" says how much of a copy's speed arrives at
-the tokens, "in lines" how much of the memory's speed is used. Moves in place go to pages that are read, too. Dense
-gathers and decoding write to memory that is there already; torch's versions get theirs on every call. All versions take
-turns, so that a noisy machine is noisy for all; figures are medians.
+the tokens, "in lines" how much of the memory's speed is used. Moves in place put each head's survivors into the first
+pages of the next head. Dense gathers and decoding write to memory that is there already; torch's versions get theirs on
+every call. All versions take turns, so that a noisy machine is noisy for all; figures are medians.
 
     .venv/bin/python benchmarks/native_cpu.py [--threads 2] [--isa avx2] [--bits 4] [--markdown FILE]
 """
@@ -17,6 +17,7 @@ turns, so that a noisy machine is noisy for all; figures are medians.
 from __future__ import annotations
 
 import argparse
+import math
 import statistics
 import time
 from collections.abc import Callable
@@ -168,8 +169,10 @@ def move_cases(args: argparse.Namespace) -> list[Case]:
             mover = DealtPages(paged)
             moved = 2 * targets * page_numbers * 2
             lines = lines_read(pool, paged, page, slot) + moved // 2
-            read = order[:hot][torch.randperm(hot, generator=generator)[:targets]]
-            for in_place, to in ((False, order[hot:]), (True, read)):
+            # In place, as pages are dealt: each head's survivors into the first pages of the head after it.
+            heads = math.gcd(targets, hot, 64)
+            first = order[:hot].view(heads, -1)[:, : targets // heads].roll(-1, 0).flatten()
+            for in_place, to in ((False, order[hot:]), (True, first)):
 
                 def in_torch(pool=pool, page=page, slot=slot, to=to, mover=mover) -> None:
                     mover.scatter(pool, to, *(mover._gather(pool, name, page, slot) for name in ("keys", "values")))
