@@ -1,14 +1,15 @@
 // SPDX-License-Identifier: Apache-2.0
 // SPDX-FileCopyrightText: Copyright contributors to the deltamem project
 //
-// encode_delta and decode_delta for many pages. Arguments were checked by deltamem_vllm/ops/cold.py; what stands in a
-// page was not.
+// encode_delta, encode_from and decode_delta for many pages. Arguments were checked by deltamem_vllm/ops/cold.py; what
+// stands in a page was not.
 
 #include "cold_codec.h"
 
 #include <cstring>
 #include <new>
 
+#include "cold_source.h"
 #include "isa.h"
 #include "token_move.h"
 
@@ -43,6 +44,11 @@ uint8_t* scratch(int64_t bytes) {
 // Pages are given out one by one where they are few: threads should end at the same time.
 bool worth_threads(int64_t pages) { return pages > 1; }
 
+// How often a kernel asks for more of the next page, about.
+int64_t turns(const ColdFormat& format, int64_t count, bool by_channel) {
+  return count + (by_channel ? format.dim : format.key_row() * format.dim / 64);
+}
+
 }  // namespace
 
 // keys, values [pages, C, D] contiguous, counts [pages] 1 to C -> page targets[p] (or p if null) of raw.
@@ -51,11 +57,25 @@ DELTAMEM_API void deltamem_encode_delta(int bits, int64_t dim, int64_t page_byte
                                         const int64_t* targets, uint8_t* raw, int64_t raw_stride) {
   const ColdFormat format{bits, dim, page_bytes};
   const ColdKernels& use = kernels();
-  const int64_t part = format.capacity() * dim * itemsize(dtype);
+  const int64_t capacity = format.capacity(), row = dim * itemsize(dtype), part = capacity * row;
+  const auto page_of = [&](int64_t p) { return raw + (targets ? targets[p] : p) * raw_stride; };
 #pragma omp parallel for schedule(static) if (worth_threads(pages))
   for (int64_t p = 0; p < pages; ++p) {
-    uint8_t* page = raw + (targets ? targets[p] : p) * raw_stride;
-    use.encode(format, dtype, keys + p * part, values + p * part, counts[p], page, scratch(scratch_bytes(format)));
+    Pieces pieces(scratch(scratch_bytes(format) + kLineBytes + 2 * Pieces::bytes<const uint8_t*>(capacity)));
+    const uint8_t** key_rows = pieces.take<const uint8_t*>(capacity);
+    const uint8_t** value_rows = pieces.take<const uint8_t*>(capacity);
+    for (int64_t t = 0; t < counts[p]; ++t) {
+      key_rows[t] = keys + p * part + t * row;
+      value_rows[t] = values + p * part + t * row;
+    }
+    Ahead ahead;
+    const uint8_t *next_keys = keys + (p + 1) * part, *next_values = values + (p + 1) * part;
+    if (p + 1 < pages) {
+      const int64_t lines = lines_of(counts[p + 1] * row);
+      ahead = Ahead({&next_keys, 1, lines}, {&next_values, 1, lines}, page_of(p + 1), format.end(),
+                    turns(format, counts[p], false));
+    }
+    use.encode(format, dtype, {key_rows, value_rows, counts[p], false}, page_of(p), pieces.take<uint8_t>(0), ahead);
   }
 }
 
@@ -66,13 +86,21 @@ DELTAMEM_API void deltamem_decode_delta(int bits, int64_t dim, int64_t page_byte
   const ColdFormat format{bits, dim, page_bytes};
   const ColdKernels& use = kernels();
   const int64_t capacity = format.capacity(), part = capacity * dim * itemsize(dtype);
+  const auto page_of = [&](int64_t p) { return raw + (ids ? ids[p] : p) * raw_stride; };
 #pragma omp parallel for schedule(static) if (worth_threads(pages))
   for (int64_t p = 0; p < pages; ++p) {
-    const uint8_t* page = raw + (ids ? ids[p] : p) * raw_stride;
+    const uint8_t* page = page_of(p);
     int32_t count;
     std::memcpy(&count, page, sizeof(count));
     counts[p] = count < 0 ? 0 : count < capacity ? count : capacity;
-    use.decode(format, dtype, page, counts[p], keys + p * part, values + p * part, scratch(scratch_bytes(format)));
+    Ahead ahead;
+    const uint8_t* next = nullptr;
+    if (p + 1 < pages) {
+      next = page_of(p + 1);
+      ahead = Ahead({&next, 1, lines_of(format.end())}, {}, nullptr, 0, turns(format, counts[p], false) + 1);
+    }
+    use.decode(format, dtype, page, counts[p], keys + p * part, values + p * part, scratch(scratch_bytes(format)),
+               ahead);
   }
 }
 
@@ -83,14 +111,56 @@ DELTAMEM_API void deltamem_encode_from(int bits, int64_t dim, int64_t page_bytes
                                        const int64_t* targets, uint8_t* raw, int64_t raw_stride) {
   const ColdFormat format{bits, dim, page_bytes};
   const ColdKernels& use = kernels();
-  const int64_t capacity = format.capacity(), size = itemsize(dtype), part = round_up(capacity * dim * size, 64);
-  const PartLayout key_part = key_layout(layout), value_part = value_layout(layout);
-#pragma omp parallel for schedule(static) if (worth_threads(pages))
-  for (int64_t p = 0; p < pages; ++p) {
-    uint8_t* keys = scratch(2 * part + scratch_bytes(format));
-    const int64_t *own_page = page + p * capacity, *own_slot = slot + p * capacity;
-    gather_part(size, dim, pool, pool_stride, key_part, own_page, own_slot, counts[p], keys);
-    gather_part(size, dim, pool, pool_stride, value_part, own_page, own_slot, counts[p], keys + part);
-    use.encode(format, dtype, keys, keys + part, counts[p], raw + targets[p] * raw_stride, keys + 2 * part);
+  const int64_t capacity = format.capacity(), size = itemsize(dtype);
+  const PooledPart keys(size, dim, pool, pool_stride, key_layout(layout), use.gather_channels != nullptr);
+  const PooledPart values(size, dim, pool, pool_stride, value_layout(layout), false);
+  const bool by_channel = keys.way() == PooledPart::kChannels;
+  const int64_t most_rows = capacity > dim ? capacity : dim, channel_row = round_up(capacity, 32);
+  const int64_t key_bytes = dim * (by_channel ? channel_row : capacity) * size, value_bytes = dim * capacity * size;
+  const int64_t row_bytes = Pieces::bytes<const uint8_t*>(most_rows);
+  const int64_t needed = 6 * row_bytes + Pieces::bytes<uint8_t>(key_bytes) + Pieces::bytes<uint8_t>(value_bytes) +
+                         scratch_bytes(format);
+#pragma omp parallel if (worth_threads(pages))
+  {
+    // Of this page and the next one, in turn: where its tokens stand.
+    struct Planned {
+      const uint8_t **key_places, **value_places;
+      Lines keys, values;
+    } held[2];
+    Pieces pieces(scratch(needed));
+    for (Planned& one : held) {
+      one.key_places = pieces.take<const uint8_t*>(most_rows);
+      one.value_places = pieces.take<const uint8_t*>(most_rows);
+    }
+    const uint8_t** const key_rows = pieces.take<const uint8_t*>(most_rows);
+    const uint8_t** const value_rows = pieces.take<const uint8_t*>(most_rows);
+    uint8_t* const key_memory = pieces.take<uint8_t>(key_bytes);
+    uint8_t* const value_memory = pieces.take<uint8_t>(value_bytes);
+    uint8_t* const rest = pieces.take<uint8_t>(0);
+    int64_t planned = -1;
+    const auto plan = [&](int64_t p) {
+      Planned& one = held[p % 2];
+      const int64_t *own_page = page + p * capacity, *own_slot = slot + p * capacity;
+      one.keys = keys.plan(own_page, own_slot, counts[p], one.key_places);
+      one.values = values.plan(own_page, own_slot, counts[p], one.value_places);
+      planned = p;
+    };
+#pragma omp for schedule(static)
+    for (int64_t p = 0; p < pages; ++p) {
+      const int64_t count = counts[p], *own_page = page + p * capacity, *own_slot = slot + p * capacity;
+      if (planned != p) plan(p);
+      const Planned &one = held[p % 2], &next = held[(p + 1) % 2];
+      Ahead ahead;
+      if (p + 1 < pages) {
+        plan(p + 1);
+        ahead = Ahead(next.keys, next.values, raw + targets[p + 1] * raw_stride, format.end(),
+                      turns(format, count, by_channel));
+      }
+      const ColdTokens tokens{
+          keys.read(use, own_page, own_slot, count, channel_row, one.key_places, key_rows, key_memory),
+          values.read(use, own_page, own_slot, count, channel_row, one.value_places, value_rows, value_memory), count,
+          by_channel};
+      use.encode(format, dtype, tokens, raw + targets[p] * raw_stride, rest, ahead);
+    }
   }
 }

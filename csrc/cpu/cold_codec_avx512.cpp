@@ -3,4 +3,4 @@
 
 #include "cold_codec.inl"
 
-const ColdKernels kColdAvx512 = {encode_one, decode_one};
+const ColdKernels kColdAvx512 = {encode_one, decode_one, gather_channels};

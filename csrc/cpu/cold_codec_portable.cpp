@@ -3,4 +3,4 @@
 
 #include "cold_codec.inl"
 
-const ColdKernels kColdPortable = {encode_one, decode_one};
+const ColdKernels kColdPortable = {encode_one, decode_one, nullptr};

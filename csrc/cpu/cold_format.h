@@ -11,11 +11,15 @@ constexpr int64_t kColdHeaderBytes = 16;
 
 struct ColdFormat {
   int64_t bits, dim, page_bytes;  // of an element; D; of a page
+  int64_t tokens;                 // C; kept, for dividing takes long
 
-  int64_t capacity() const {  // C, a multiple of 4; Python has checked that it is at least 4
-    const int64_t per_token = 4 + 2 * dim * bits / 8;
-    return (page_bytes - kColdHeaderBytes - 4 * dim) / per_token / 4 * 4;
-  }
+  ColdFormat(int64_t bits, int64_t dim, int64_t page_bytes)
+      : bits(bits),
+        dim(dim),
+        page_bytes(page_bytes),
+        tokens((page_bytes - kColdHeaderBytes - 4 * dim) / (4 + 2 * dim * bits / 8) / 4 * 4) {}
+
+  int64_t capacity() const { return tokens; }  // C, a multiple of 4; Python has checked that it is at least 4
   int64_t key_scale() const { return kColdHeaderBytes; }
   int64_t key_zero() const { return key_scale() + 2 * dim; }
   int64_t value_scale() const { return key_zero() + 2 * dim; }

@@ -130,19 +130,26 @@ def encode_from(
     targets = check_ids("targets", targets, shape[:1], raw.shape[0])
     if pages.shape != shape or slots.shape != shape:
         raise ValueError(f"pages and slots must be {shape}, got {tuple(pages.shape)} and {tuple(slots.shape)}")
-    there = torch.arange(cold.capacity, device=pool.device) < counts.unsqueeze(1)
-    pages, slots = check_places(
-        pages.masked_fill(~there, 0), slots.masked_fill(~there, 0), pool.shape[0], layout.block_size
-    )
     library = native.library() if pool.device.type == "cpu" and strides is not None else None
     if library is None or strides is None:
+        pages, slots = _checked_places(pages, slots, counts, pool.shape[0], layout.block_size)
         keys, values = DealtPages(layout).gather(pool, pages.flatten(), slots.flatten())
         dense = (shape[0], cold.capacity, cold.head_size)
         raw[targets] = encode_pages(cold, keys.view(dense), values.view(dense), counts)
         return
-    source = torch.zeros(pool.shape[0], dtype=torch.bool)
-    source[pages[there]] = True
-    in_place = bool(source[targets].any())
+    found = -1
+    if pages.dtype == slots.dtype == torch.int64:
+        pages, slots = pages.contiguous(), slots.contiguous()
+        found = library.deltamem_check_cold_places(
+            *map(native.int64, shape),
+            *map(native.pointer, (pages, slots, counts)),
+            *map(native.int64, (pool.shape[0], layout.block_size)),
+            native.pointer(targets),
+        )
+    if found < 0:
+        _checked_places(pages, slots, counts, pool.shape[0], layout.block_size)
+        raise ValueError(f"pages and slots must be int64, got {pages.dtype} and {slots.dtype}")
+    in_place = found == 1
     out = kept_pages(raw, shape[0]) if in_place else raw
     places = torch.arange(shape[0]) if in_place else targets
     library.deltamem_encode_from(
@@ -155,6 +162,14 @@ def encode_from(
     )
     if in_place:
         raw.index_copy_(0, targets, out)
+
+
+def _checked_places(
+    pages: Tensor, slots: Tensor, counts: Tensor, num_pages: int, block_size: int
+) -> tuple[Tensor, Tensor]:
+    """Places within the pool, 0 past a page's tokens."""
+    there = torch.arange(pages.shape[1], device=pages.device) < counts.unsqueeze(1)
+    return check_places(pages.masked_fill(~there, 0), slots.masked_fill(~there, 0), num_pages, block_size)
 
 
 def _format_arguments(cold: ColdFormat, dtype: torch.dtype, pages: int) -> tuple[object, ...]:

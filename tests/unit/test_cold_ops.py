@@ -150,6 +150,22 @@ def test_tokens_of_hot_pages_become_cold(layout, bits, dim, block_size, pages, d
     assert torch.equal(before.view(torch.uint8), there.pool.view(torch.uint8))
 
 
+@pytest.mark.parametrize("bits", BITS)
+def test_a_quotient_is_rounded_as_division_rounds_it(isa, bits):
+    """Halfway between two codes of any step, and one float32 beside it: where a reciprocal would be seen."""
+    cold = ColdFormat(bits, 256, 64 * 2 * 256 * 2)
+    generator = torch.Generator().manual_seed(bits)
+    most = 2**bits - 1
+    steps = torch.rand(8, 1, 256, generator=generator).add_(1.0).half().float()
+    x = (torch.randint(0, most, (8, cold.capacity, 256), generator=generator) + 0.5) * steps
+    way = torch.randint(-1, 2, x.shape, generator=generator)
+    x = torch.where(way == 0, x, torch.nextafter(x, way * torch.inf))
+    x[:, 0], x[:, 1] = 0.0, most * steps[:, 0]
+    counts = torch.full((8,), cold.capacity)
+    for case in (ColdTokens(cold, x, x, counts), ColdTokens(cold, -x, x, counts)):
+        assert torch.equal(encoded(case), encode_pages(cold, case.keys, case.values, counts))
+
+
 def test_a_negative_zero_is_a_zero(isa):
     case = make_cold_tokens("normal", 4, 64, 16, 1, torch.float32, seed=0, full=True)
     for part in (case.keys, case.values):
@@ -234,6 +250,7 @@ class TestRefusals:
             (lambda: encode_from(POOL, LAYOUT, COLD, PLACES[:1], PLACES, ONE, TWO), "pages and slots must be"),
             (lambda: encode_from(POOL, LAYOUT, COLD, PLACES, PLACES, ONE, TWO + 4), "targets must be between 0 and 4"),
             (lambda: encode_from(POOL, LAYOUT, COLD, PLACES, PLACES, ONE * 0, TWO), "counts must be between 1"),
+            (lambda: encode_from(POOL, LAYOUT, COLD, PLACES.int(), PLACES, ONE, TWO), "pages and slots must be int64"),
             (lambda: encode_from(POOL.int(), LAYOUT, COLD, PLACES, PLACES, ONE, TWO), "not of torch.int32"),
             (lambda: encode_from(POOL[:, :128], LAYOUT, COLD, PLACES, PLACES, ONE, TWO), "the pool must be"),
         ],

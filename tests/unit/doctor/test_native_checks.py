@@ -30,6 +30,7 @@ int deltamem_gather_tokens() { return 0; }
 int deltamem_gather_pages() { return 0; }
 int deltamem_encode_delta() { return 0; }
 int deltamem_encode_from() { return 0; }
+int deltamem_check_cold_places() { return 0; }
 int deltamem_decode_delta() { return 0; }
 int deltamem_paged_attention() { return 0; }
 }
