@@ -138,17 +138,17 @@ def encode_from(
         raw[targets] = encode_pages(cold, keys.view(dense), values.view(dense), counts)
         return
     found = -1
-    if pages.dtype == slots.dtype == torch.int64:
-        pages, slots = pages.contiguous(), slots.contiguous()
+    if {pages.dtype, slots.dtype} <= {torch.int32, torch.int64}:
+        pages, slots = (part.to(torch.int64).contiguous() for part in (pages, slots))
         found = library.deltamem_check_cold_places(
             *map(native.int64, shape),
             *map(native.pointer, (pages, slots, counts)),
             *map(native.int64, (pool.shape[0], layout.block_size)),
             native.pointer(targets),
         )
-    if found < 0:
+    if found < 0:  # says what is wrong
         _checked_places(pages, slots, counts, pool.shape[0], layout.block_size)
-        raise ValueError(f"pages and slots must be int64, got {pages.dtype} and {slots.dtype}")
+        raise ValueError("pages or slots are outside the pool")
     in_place = found == 1
     out = kept_pages(raw, shape[0]) if in_place else raw
     places = torch.arange(shape[0]) if in_place else targets

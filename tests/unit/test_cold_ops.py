@@ -250,7 +250,7 @@ class TestRefusals:
             (lambda: encode_from(POOL, LAYOUT, COLD, PLACES[:1], PLACES, ONE, TWO), "pages and slots must be"),
             (lambda: encode_from(POOL, LAYOUT, COLD, PLACES, PLACES, ONE, TWO + 4), "targets must be between 0 and 4"),
             (lambda: encode_from(POOL, LAYOUT, COLD, PLACES, PLACES, ONE * 0, TWO), "counts must be between 1"),
-            (lambda: encode_from(POOL, LAYOUT, COLD, PLACES.int(), PLACES, ONE, TWO), "pages and slots must be int64"),
+            (lambda: encode_from(POOL, LAYOUT, COLD, PLACES.float(), PLACES, ONE, TWO), "page must be int32 or int64"),
             (lambda: encode_from(POOL.int(), LAYOUT, COLD, PLACES, PLACES, ONE, TWO), "not of torch.int32"),
             (lambda: encode_from(POOL[:, :128], LAYOUT, COLD, PLACES, PLACES, ONE, TWO), "the pool must be"),
         ],
