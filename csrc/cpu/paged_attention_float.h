@@ -9,21 +9,6 @@
 
 namespace {
 
-// 2^x with a relative error below 3e-7; 0 below -126, and NaN stays NaN.
-template <class V>
-inline typename V::F exp2(typename V::F x) {
-  using F = typename V::F;
-  x = V::max(V::set(-200.0f), x);
-  const F whole = V::whole(x), rest = V::sub(x, whole);
-  F y = V::set(0.0013276470126584172f);
-  y = V::fma(y, rest, V::set(0.009675540961325169f));
-  y = V::fma(y, rest, V::set(0.05550713092088699f));
-  y = V::fma(y, rest, V::set(0.24022120237350464f));
-  y = V::fma(y, rest, V::set(0.6931469440460205f));
-  y = V::fma(y, rest, V::set(1.0000001192092896f));
-  return V::times_two_to(y, whole);
-}
-
 template <class V, class T, int R, int N>
 inline void score_block(const T* key, int64_t key_stride, const T* soon, int64_t dim, const float* query, float* scores,
                         int64_t stride) {

@@ -9,6 +9,7 @@
 #include <type_traits>
 
 #include "paged_attention_types.h"
+#include "simd_loops.h"
 
 namespace {
 
@@ -96,17 +97,5 @@ struct ColdPage {
 // Brings a line into the second level of cache. A whole tile ahead is too much for the first level, and fetching into
 // it was measured to be half as fast.
 inline void fetch(const void* p) { __builtin_prefetch(p, 0, 2); }
-
-template <int R>
-struct Rows {
-  static constexpr int value = R;
-};
-
-// Calls work(first row, Rows<R>) for groups of at most Most rows.
-template <int Most, class Work>
-inline void by_rows(int rows, const Work& work, int row = 0) {
-  for (; rows - row >= Most; row += Most) work(row, Rows<Most>{});
-  if constexpr (Most > 1) by_rows<Most - 1>(rows, work, row);
-}
 
 }  // namespace

@@ -26,6 +26,8 @@ struct Avx512 {
   static F add(F a, F b) { return _mm512_add_ps(a, b); }
   static F sub(F a, F b) { return _mm512_sub_ps(a, b); }
   static F max(F a, F b) { return _mm512_max_ps(a, b); }
+  static F div(F a, F b) { return _mm512_div_ps(a, b); }
+  static F sqrt(F a) { return _mm512_sqrt_ps(a); }
   static float highest(F a) { return _mm512_reduce_max_ps(a); }
   static float sum(F a) { return _mm512_reduce_add_ps(a); }
 

@@ -71,6 +71,8 @@ struct Portable {
   static F add(F a, F b) { return each([&](int i) { return a.x[i] + b.x[i]; }); }
   static F sub(F a, F b) { return each([&](int i) { return a.x[i] - b.x[i]; }); }
   static F max(F a, F b) { return each([&](int i) { return a.x[i] > b.x[i] ? a.x[i] : b.x[i]; }); }
+  static F div(F a, F b) { return each([&](int i) { return a.x[i] / b.x[i]; }); }
+  static F sqrt(F a) { return each([&](int i) { return __builtin_sqrtf(a.x[i]); }); }
   static float highest(F a) {
     float out = a.x[0];
     for (int i = 1; i < W; ++i) out = a.x[i] > out ? a.x[i] : out;

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from deltamem_vllm.dealing.order import FIRST_RANK, INDEX_BITS, INDEX_MASK, LAST_RANK, newest_first, ordered_bits
+from deltamem_vllm.ops import deal_pages as native
 
 # Infinite scores count as this much, so that no sum over a request (2 ** 27 entries and more) overflows float32.
 _LARGEST_SCORE = 1e30
@@ -59,6 +60,9 @@ def page_utilities(scores: Tensor, lengths: Tensor, block_size: int, sink: int, 
     ValueError: a shape, dtype or number is none of the above. Lengths are checked on CPU only.
     """
     _check_ranking(scores, lengths, block_size, sink, recent)
+    ranked_natively = native.rank_pages(scores, lengths, block_size, sink, recent)
+    if ranked_natively is not None:
+        return RankedPages(*ranked_natively)
     index = torch.arange(scores.shape[2], device=scores.device)
     ends = lengths.unsqueeze(2)
     protected = (index < sink) | (index >= ends - recent)
@@ -132,6 +136,9 @@ def deal_pages(worth: Tensor, wanted: int) -> Tensor:
     -------
     ``[L, H]`` int64: pages of each pair.
     """
+    dealt = native.deal_pages(worth, wanted)
+    if dealt is not None:
+        return dealt
     layers, heads, count = worth.shape
     worth = worth.float()
     whole = worth != float("-inf")
@@ -178,6 +185,9 @@ def survivors(order: Tensor, pages: Tensor, block_size: int) -> Tensor:
             f"a pair of {n} tokens can keep 0 to {n // block_size} pages of {block_size}, "
             f"got {int(pages.min())} to {int(pages.max())}"
         )
+    natively = native.survivors(order, pages, block_size)
+    if natively is not None:
+        return natively
     kept = torch.arange(n, device=order.device) < (pages * block_size).unsqueeze(2)
     return torch.empty_like(order, dtype=torch.bool).scatter_(2, order, kept)
 
@@ -200,6 +210,9 @@ def page_mass(scores: Tensor, lengths: Tensor, order: Tensor, block_size: int, s
     ``[L, H, P]`` float32: the share of the pair's mass in each page of ``order``; 0 for pages that do not exist. What
     is left of a pair after its last whole page is missing from its sum.
     """
+    natively = native.page_mass(scores, lengths, order, block_size, sink, recent)
+    if natively is not None:
+        return natively
     index = torch.arange(scores.shape[2], device=scores.device)
     ends = lengths.unsqueeze(2)
     free = (index >= sink) & (index < ends - recent)

@@ -19,6 +19,7 @@ from deltamem_vllm.memory.budgets import cdiv
 from deltamem_vllm.ops.cold import decode_delta
 from deltamem_vllm.ops.dealt_pages import DealtPages
 from deltamem_vllm.scoring.base import Scorer, ScoreView
+from deltamem_vllm.scoring.paged import PagedView, rate_pages
 from deltamem_vllm.scoring.seen import Seen
 from deltamem_vllm.scoring.window import ObservationWindow
 
@@ -123,6 +124,12 @@ class Rater:
         """
         pool = self._tables.pool
         rows = self._window.rows(request_id) if scorer.needs_queries and self._window is not None else None
+        if cold is None and self._redundancy == 0:
+            rings = [] if rows is None or self._window is None else self._window.rings
+            place = (pool.flat, self._mover.layout, pages, lengths)
+            rated = rate_pages(scorer, PagedView(*place, rings, rows, self._scales, before))
+            if rated is not None:
+                return Ratings(rated.scores, None, rated.seen if lasting else None)
         scores = torch.full((pool.layers, pool.heads, int(lengths.max())), float("-inf"), device=pool.device)
         coded = None
         if cold is not None:

@@ -104,15 +104,16 @@ def tiered_utility(
     loss: see `tiers.tier_path`.
     sink, recent: protected tokens at either end of the hot ones, which stay exact.
     """
-    order = page_utilities(scores, lengths, block_size, sink, recent).order
+    exact_alone = page_utilities(scores, lengths, block_size, sink, recent)
+    order = exact_alone.order
     floor = max(-(-(sink + recent) // block_size), 1)
-    every, ends = scores, lengths
+    every, ends, ranked = scores, lengths, exact_alone
     if cold is not None and cold_scores is not None:
         # Not by their scores: a scorer may rate a token -inf or NaN.
         there = (torch.arange(capacity, device=scores.device) < cold.tokens.unsqueeze(3)).flatten(2)
         ends = lengths + there.sum(2)
         every, exact, coded = _together(scores, lengths, cold_scores.flatten(2).float(), there, sink)
-    ranked = page_utilities(every, ends, block_size, sink, recent)
+        ranked = page_utilities(every, ends, block_size, sink, recent)
     by_rank = _token_worth(combine(ranked.utility, ends), every.shape[2], block_size, floor)
     worth = torch.empty_like(by_rank).scatter_(2, ranked.order, by_rank)
     hot_worth = worth if every is scores else worth.gather(2, exact)

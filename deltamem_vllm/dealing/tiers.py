@@ -15,6 +15,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from deltamem_vllm.ops import deal_pages as native
+
 
 @dataclass(frozen=True)
 class TierPath:
@@ -53,6 +55,9 @@ def tier_path(worth: Tensor, lengths: Tensor, block_size: int, capacity: int, lo
     ValueError: a shape or number is none of the above. Values are checked on CPU only, and never ``worth``.
     """
     _check(worth, lengths, block_size, capacity, loss, floor)
+    natively = native.tier_path(worth, lengths, block_size, capacity, loss, floor)
+    if natively is not None:
+        return TierPath(*natively)
     device = worth.device
     within = torch.arange(worth.shape[2], device=device) < lengths.unsqueeze(2)
     total = torch.nn.functional.pad(torch.where(within, worth, 0.0).double().cumsum(2), (1, 0))

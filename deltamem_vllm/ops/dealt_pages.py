@@ -27,10 +27,14 @@ class DealtPages:
     Parameters
     ----------
     layout: where a backend puts a token inside a page; all pages share it.
+
+    Attributes
+    ----------
+    layout: as given.
     """
 
     def __init__(self, layout: PageLayout) -> None:
-        self._layout = layout
+        self.layout = self._layout = layout
         self._strides = {part: layout.strides(part) for part in _PARTS}
         self._offsets: dict[str, Tensor] = {part: getattr(layout, part) for part in _PARTS}
         self._width = layout.block_size * 2 * layout.head_size

@@ -105,8 +105,9 @@ def _load() -> ctypes.CDLL | None:
     path = _path()
     if not path.is_file():
         logger.warning(
-            "deltamem's native library %s is missing (it is built at install time, which needs g++): operations on "
-            "cold pages and on dealt pages fall back to plain torch on CPU, several times slower. To mend this, %s.",
+            "deltamem's native library %s is missing (it is built at install time, which needs g++): scoring, dealing "
+            "and operations on cold and on dealt pages fall back to plain torch on CPU, several times slower. To mend "
+            "this, %s.",
             path,
             _MEND,
         )

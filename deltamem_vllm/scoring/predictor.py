@@ -33,18 +33,29 @@ class PredictorScorer(Scorer):
         """Take the weights, ``[layers, kv heads of this rank, features]`` float32 on the device of the views."""
         self._weights = learned
 
-    def score(self, view: ScoreView) -> Tensor:
+    def weights(self, layers: slice, heads: slice, features: int) -> Tensor:
+        """What was bound for these layers and heads, ``[layers, heads, features]`` float32.
+
+        Raises
+        ------
+        ValueError: nothing was bound, or weights of other heads or of another number of features.
+        """
         if self._weights is None:
             raise ValueError("scorer 'predictor' has no weights: bind those of a calibration (`deltamem calibrate`)")
-        keys, values = view.keys_f32, view.values_f32
-        widths = feature_widths(keys.shape[2], values.shape[2])
-        weights = self._weights[view.layer, view.first_head : view.first_head + view.num_kv_heads]
-        if weights.shape != (view.num_kv_heads, sum(widths)):
+        own = self._weights[layers, heads]
+        if own.shape[1:] != (heads.stop - heads.start, features):
             raise ValueError(
                 f"weights are for {self._weights.shape[1]} kv heads and {self._weights.shape[2]} features, but heads "
-                f"{view.first_head} to {view.first_head + view.num_kv_heads - 1} with {sum(widths)} features are "
-                "asked for; calibrate the model that is served"
+                f"{heads.start} to {heads.stop - 1} with {features} features are asked for; calibrate the model that "
+                "is served"
             )
+        return own
+
+    def score(self, view: ScoreView) -> Tensor:
+        keys, values = view.keys_f32, view.values_f32
+        widths = feature_widths(keys.shape[2], values.shape[2])
+        heads = slice(view.first_head, view.first_head + view.num_kv_heads)
+        weights = self.weights(slice(view.layer, view.layer + 1), heads, sum(widths))[0]
         expected = torch.zeros(keys.shape[:2], device=keys.device)
         for part, weight in zip(
             feature_parts(keys, values, view.seen), torch.split(weights, list(widths), 1), strict=True

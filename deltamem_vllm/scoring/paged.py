@@ -1,0 +1,199 @@
+# SPDX-License-Identifier: Apache-2.0
+# SPDX-FileCopyrightText: Copyright contributors to the deltamem project
+"""The package's own scorers, rating tokens where they stand in pages: what their `score` says, without copying all keys
+and values together first.
+
+On a CPU with the native library only. A scorer is known by its `score` itself: one that inherits from another and rates
+differently is not taken for it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import groupby
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from deltamem_vllm.ops import native
+from deltamem_vllm.ops.layout import PageLayout
+from deltamem_vllm.ops.page_utility import feature_scores, page_utility, window_attention
+from deltamem_vllm.scoring.base import Scorer
+from deltamem_vllm.scoring.delta import DeltaScorer
+from deltamem_vllm.scoring.distinct import DistinctScorer
+from deltamem_vllm.scoring.features import feature_widths
+from deltamem_vllm.scoring.keydiff import KeyDiffScorer
+from deltamem_vllm.scoring.predictor import PredictorScorer
+from deltamem_vllm.scoring.seen import Seen
+from deltamem_vllm.scoring.snapkv import SnapKVScorer
+from deltamem_vllm.scoring.tova import TOVAScorer
+
+
+@dataclass(frozen=True)
+class PagedView:
+    """All layers of one request.
+
+    Attributes
+    ----------
+    pool: ``[num_pages, block_size * 2 * D]``.
+    layout: of its pages.
+    pages: ``[L, H, W]`` int32 page numbers in token order.
+    lengths: ``[L, H]`` int64 on the host, tokens of each pair in them, 1 or more.
+    rings: each layer's queries ``[rows, H_q, D]``; empty for scorers that ask for none.
+    rows: ``[w]`` int64, which of them are the request's, oldest first; None without rings.
+    scales: each layer's factor on q . k.
+    before: what the heads had seen before these tokens; None where that does not count.
+    """
+
+    pool: Tensor
+    layout: PageLayout
+    pages: Tensor
+    lengths: Tensor
+    rings: Sequence[Tensor]
+    rows: Tensor | None
+    scales: Sequence[float]
+    before: Seen | None
+
+    def queries(self, last: int | None = None) -> Tensor:
+        """The newest ``last`` queries (None: all), ``[L * H, G, w, D]``."""
+        if self.rows is None:
+            raise ValueError("this view carries no queries: the scorer must set needs_queries = True")
+        rows = self.rows if last is None else self.rows[-last:]
+        queries = torch.stack([ring.index_select(0, rows) for ring in self.rings])  # [L, w, H_q, D]
+        grouped = queries.unflatten(2, (self.pages.shape[1], -1)).permute(0, 2, 3, 1, 4)
+        return grouped.flatten(0, 1).contiguous()
+
+    def tables(self) -> tuple[Tensor, Tensor]:
+        """Pages and lengths of all pairs: ``[L * H, W]`` and ``[L * H]`` int32."""
+        return self.pages.flatten(0, 1), self.lengths.flatten().to(torch.int32)
+
+
+@dataclass(frozen=True)
+class PagedScores:
+    """What pages were rated.
+
+    Attributes
+    ----------
+    scores: ``[L, H, N]`` float32 in token order, ``-inf`` past a pair's last; N is the most tokens of a pair.
+    seen: over ``PagedView.before`` and these tokens; None for scorers whose scores do not last.
+    """
+
+    scores: Tensor
+    seen: Seen | None
+
+
+def rate_pages(scorer: Scorer, view: PagedView) -> PagedScores | None:
+    """Rate every token of a request.
+
+    Returns
+    -------
+    None where this scorer cannot do so, or not for these pages: another device, kind of number or layout than the
+    native library reads, or no library.
+    """
+    rate = _RATES.get(type(scorer).score)
+    if rate is None or not view.pool.is_cpu or native.library() is None:
+        return None
+    if any(ring.dtype != view.pool.dtype for ring in view.rings):
+        return None
+    return rate(scorer, view)
+
+
+def _of_window(view: PagedView, rate: Callable[..., Tensor | None], last: int | None = None) -> Tensor | None:
+    """Scores by window queries, ``[L, H, N]``: one call for all layers of equal scale."""
+    queries, (table, lengths) = view.queries(last), view.tables()
+    heads, start, parts = view.pages.shape[1], 0, []
+    for scale, run in groupby(view.scales):
+        end = start + heads * len(list(run))
+        own = slice(start, end)
+        part = rate(queries[own], view.pool, view.layout, table[own], lengths[own], scale)
+        if part is None:
+            return None
+        parts.append(part)
+        start = end
+    return _within(view, parts[0] if len(parts) == 1 else torch.cat(parts))
+
+
+def _within(view: PagedView, scores: Tensor) -> Tensor:
+    """``[L * H, W * block_size]`` as ``[L, H, N]`` with ``-inf`` past each pair's tokens."""
+    longest = int(view.lengths.max())
+    cut = scores.view(*view.lengths.shape, -1)[..., :longest]
+    if int(view.lengths.min()) == longest:
+        return cut.contiguous()
+    return cut.masked_fill(torch.arange(longest) >= view.lengths.unsqueeze(2), float("-inf"))
+
+
+def _delta(scorer: Scorer, view: PagedView) -> PagedScores | None:
+    def scores(*arguments: Any) -> Tensor | None:
+        rated = page_utility(*arguments)
+        return None if rated is None else rated[0]
+
+    found = _of_window(view, scores)
+    return None if found is None else PagedScores(found, None)
+
+
+def _snapkv(scorer: Scorer, view: PagedView) -> PagedScores | None:
+    found = _of_window(view, lambda *arguments: window_attention(*arguments, pooled=True))
+    return None if found is None else PagedScores(found, None)
+
+
+def _tova(scorer: Scorer, view: PagedView) -> PagedScores | None:
+    found = _of_window(view, window_attention, last=1)
+    if found is None:
+        return None
+    for layer, heads in _alike(view.lengths):
+        found[layer, heads] = found[layer, heads].mean(-2, keepdim=True)
+    return PagedScores(found, None)
+
+
+def _alike(lengths: Tensor) -> Iterator[tuple[slice | int, slice]]:
+    """Runs of a layer's heads with equally many tokens; all layers at once where all heads have."""
+    if int(lengths.min()) == int(lengths.max()):
+        yield slice(None), slice(0, lengths.shape[1])
+        return
+    for layer, row in enumerate(lengths.tolist()):
+        start = 0
+        for _, run in groupby(row):
+            end = start + len(list(run))
+            yield layer, slice(start, end)
+            start = end
+
+
+def _features(kind: Literal["predictor", "distinct", "keydiff"], view: PagedView, weights: Tensor | None) -> Any:
+    before = view.before
+    sums = None if before is None else (before.directions.flatten(0, 1), before.values.flatten(0, 1), before.count)
+    table, lengths = view.tables()
+    return feature_scores(kind, view.pool, view.layout, table, lengths, weights=weights, before=sums)
+
+
+def _predictor(scorer: Scorer, view: PagedView) -> PagedScores | None:
+    assert isinstance(scorer, PredictorScorer), "it has the predictor's score"
+    layers, heads, _ = view.pages.shape
+    dim = view.layout.head_size
+    weights = scorer.weights(slice(0, layers), slice(0, heads), sum(feature_widths(dim, dim)))
+    rated = _features("predictor", view, weights.flatten(0, 1).float())
+    if rated is None:
+        return None
+    scores, directions, values = rated
+    count = int(view.lengths[0, 0]) + (0 if view.before is None else view.before.count)
+    seen = Seen(directions.view(layers, heads, dim), values.view(layers, heads, dim), count)
+    return PagedScores(_within(view, scores), seen)
+
+
+def _plain(kind: Literal["distinct", "keydiff"]) -> Callable[[Scorer, PagedView], PagedScores | None]:
+    def rate(scorer: Scorer, view: PagedView) -> PagedScores | None:
+        rated = _features(kind, view, None)
+        return None if rated is None else PagedScores(_within(view, rated[0]), None)
+
+    return rate
+
+
+_RATES: dict[Callable[..., Tensor], Callable[[Scorer, PagedView], PagedScores | None]] = {
+    DeltaScorer.score: _delta,
+    SnapKVScorer.score: _snapkv,
+    TOVAScorer.score: _tova,
+    PredictorScorer.score: _predictor,
+    DistinctScorer.score: _plain("distinct"),
+    KeyDiffScorer.score: _plain("keydiff"),
+}
