@@ -18,7 +18,14 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-TESTS = ("test_cold_ops.py", "test_gather_native.py", "test_dealt_pages.py", "test_paged_attention.py")
+TESTS = (
+    "test_cold_ops.py",
+    "test_gather_native.py",
+    "test_dealt_pages.py",
+    "test_paged_attention.py",
+    "test_page_utility.py",
+    "test_deal_native.py",
+)
 # Of a property: sanitizers look for what any shape does, the ordinary tests for what only a rare one does.
 MOST_EXAMPLES = 10
 

@@ -68,26 +68,27 @@ struct Features {
   static constexpr int N = V::N;
   const FeatureCall& call;
   const SequencePages& pages;
-  const int32_t* table;
+  Part<T> keys, values;
   FeatureScratch s;
   int64_t tokens, dim;
 
   Features(const FeatureCall& call_, int64_t sequence, char* memory)
       : call(call_),
         pages(call_.pages),
-        table(call_.pages.block_table + sequence * call_.pages.table_stride),
+        keys(call_.pages, sequence, true),
+        values(call_.pages, sequence, false),
         s(call_, memory),
-        tokens(call_.pages.seq_lens[sequence]),
+        tokens(tokens_of(call_.pages, sequence)),
         dim(call_.pages.dim) {}
 
   int64_t here(int64_t first) const { return tokens - first < kTile ? tokens - first : kTile; }
 
   // Sums of the keys' unit vectors and of the values, in float64 from tile to tile: there may be many.
-  void sum_up(bool values) {
+  void sum_up(bool with_values) {
     for (int64_t d = 0; d < dim; ++d) s.direction_sum[d] = s.value_sum[d] = 0.0;
     const int64_t width = row_floats(dim);
     for (int64_t t = 0; t < tokens; t += kTile) {
-      load_channels<V, T>(pages, keys_of(pages), table, t, here(t), s.rows, s.channels);
+      load_channels<V>(keys, t, here(t), s.rows, s.channels);
       alignas(64) float inverse[kTile];
       for (int place = 0; place < kTile; place += N * V::W) {
         F norm2[N];
@@ -110,8 +111,8 @@ struct Features {
         }
         s.direction_sum[d] += static_cast<double>(V::sum(sum));
       }
-      if (!values) continue;
-      load_rows<V, T>(pages, values_of(pages), table, t, here(t), s.rows);
+      if (!with_values) continue;
+      load_rows<V>(values, t, here(t), s.rows);
       for (int64_t d = 0; d < width; d += V::W) {
         F sum = V::zero();
         for (int64_t row = 0; row < here(t); ++row) sum = V::add(sum, V::load(s.rows + row * width + d));
@@ -123,7 +124,7 @@ struct Features {
   }
 
   // What the tokens are rated against: all that was seen, of which the sums are written down.
-  void make_usual(int64_t sequence, bool values) {
+  void make_usual(int64_t sequence, bool with_values) {
     const bool more = call.before_directions != nullptr;
     const int64_t own = sequence * dim;
     double length2 = 0.0;
@@ -132,7 +133,7 @@ struct Features {
       if (more) direction += call.before_directions[own + d], value += call.before_values[own + d];
       if (call.directions != nullptr) call.directions[own + d] = direction, call.values[own + d] = value;
       s.anchor[d] = direction;
-      s.mean[d] = values ? value / static_cast<float>(tokens + call.before_count) : 0.0f;
+      s.mean[d] = with_values ? value / static_cast<float>(tokens + call.before_count) : 0.0f;
       length2 += static_cast<double>(direction) * direction;
     }
     const double length = __builtin_sqrt(length2);
@@ -148,12 +149,12 @@ struct Features {
   // Over the keys of N vectors of tokens: weighted features, squared lengths, products with the anchor.
   void add_keys(int place, const FeatureWeights* weights, Tile& tile) const {
     const int64_t half = dim / 2;
-    const float* keys = s.channels + place;
+    const float* tile_keys = s.channels + place;
     for (int64_t d = 0; d < half; ++d) {
       const F a = V::set(s.anchor[d]), b = V::set(s.anchor[d + half]);
       for (int j = 0; j < N; ++j) {
-        const F first = V::load(keys + d * kChannel + j * V::W);
-        const F second = V::load(keys + (d + half) * kChannel + j * V::W);
+        const F first = V::load(tile_keys + d * kChannel + j * V::W);
+        const F second = V::load(tile_keys + (d + half) * kChannel + j * V::W);
         const F length2 = V::fma(first, first, V::mul(second, second));
         tile.norm2[j] = V::add(tile.norm2[j], length2);
         tile.dot[j] = V::fma(a, first, V::fma(b, second, tile.dot[j]));
@@ -165,7 +166,7 @@ struct Features {
     }
     for (int64_t d = 2 * half; d < dim; ++d) {  // an odd dim has no pair
       for (int j = 0; j < N; ++j) {
-        const F key = V::load(keys + d * kChannel + j * V::W);
+        const F key = V::load(tile_keys + d * kChannel + j * V::W);
         tile.norm2[j] = V::fma(key, key, tile.norm2[j]);
         tile.dot[j] = V::fma(V::set(s.anchor[d]), key, tile.dot[j]);
         if (weights != nullptr) tile.linear[j] = V::fma(V::set(weights->key[d]), key, tile.linear[j]);
@@ -195,7 +196,7 @@ struct Features {
     constexpr int kVectors = kTile / V::W;
     alignas(64) float linear[kTile], length[kTile], cosine[kTile];
     for (int64_t t = 0; t < tokens; t += kTile) {
-      load_channels<V, T>(pages, keys_of(pages), table, t, here(t), s.rows, s.channels);
+      load_channels<V>(keys, t, here(t), s.rows, s.channels);
       for (int vector = 0; vector < kVectors; vector += N) {
         const int place = vector * V::W;
         Tile tile;
@@ -213,7 +214,7 @@ struct Features {
         continue;
       }
       alignas(64) float value_length[kTile], distance[kTile];
-      load_channels<V, T>(pages, values_of(pages), table, t, here(t), s.rows, s.channels);
+      load_channels<V>(values, t, here(t), s.rows, s.channels);
       for (int vector = 0; vector < kVectors; vector += N) {
         const int place = vector * V::W;
         Tile tile;
@@ -245,7 +246,7 @@ struct Features {
 template <class V, class T>
 void feature_scores_of(const FeatureCall& call, int64_t sequence, char* memory) {
   const SequencePages& pages = call.pages;
-  const int64_t all = pages.table_width * pages.block_size, tokens = pages.seq_lens[sequence];
+  const int64_t all = pages.score_stride, tokens = tokens_of(pages, sequence);
   float* out = pages.scores + sequence * all;
   for (int64_t t = tokens; t < all; ++t) out[t] = 0.0f;
   Features<V, T> work(call, sequence, memory);

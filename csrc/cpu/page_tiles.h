@@ -19,12 +19,53 @@ namespace {
 constexpr int kTile = 64;          // tokens: a multiple of every V::N * V::W
 constexpr int kChannel = kTile + 16;  // floats from one channel to the next: a whole vector may be written at a row's end
 
-struct Part {
-  int64_t base, per_slot, per_dim;
-};
+inline int64_t older_of(const SequencePages& pages, int64_t sequence) {
+  return pages.older_start == nullptr ? 0 : pages.older_start[sequence + 1] - pages.older_start[sequence];
+}
 
-inline Part keys_of(const SequencePages& pages) { return {pages.key_base, pages.key_slot, pages.key_dim}; }
-inline Part values_of(const SequencePages& pages) { return {pages.value_base, pages.value_slot, pages.value_dim}; }
+inline int64_t tokens_of(const SequencePages& pages, int64_t sequence) {
+  return older_of(pages, sequence) + pages.seq_lens[sequence];
+}
+
+// Keys or values of one sequence: the older tokens, then those in pages.
+template <class T>
+struct Part {
+  const SequencePages& pages;
+  const int32_t* table;
+  int64_t base, per_slot, per_dim;
+  const T* older;
+  int64_t older_count;
+
+  Part(const SequencePages& all, int64_t sequence, bool keys)
+      : pages(all),
+        table(all.block_table + sequence * all.table_stride),
+        base(keys ? all.key_base : all.value_base),
+        per_slot(keys ? all.key_slot : all.value_slot),
+        per_dim(keys ? all.key_dim : all.value_dim),
+        older(nullptr),
+        older_count(older_of(all, sequence)) {
+    if (older_count == 0) return;
+    older = static_cast<const T*>(keys ? all.older_keys : all.older_values) + all.older_start[sequence] * all.dim;
+  }
+
+  // Calls work(first token, distance of tokens, distance of dims, place, count) for the runs of `count` tokens from
+  // `first` on that stand at fixed distances.
+  template <class Work>
+  void by_runs(int64_t first, int64_t count, const Work& work) const {
+    int64_t place = 0;
+    if (first < older_count) {
+      place = older_count - first < count ? older_count - first : count;
+      work(older + first * pages.dim, pages.dim, 1, 0, place);
+    }
+    while (place < count) {
+      const int64_t token = first + place - older_count, slot = token % pages.block_size;
+      const int64_t left = count - place, here = pages.block_size - slot < left ? pages.block_size - slot : left;
+      const char* page = pages.pool + table[token / pages.block_size] * pages.page_stride_bytes;
+      work(reinterpret_cast<const T*>(page) + base + slot * per_slot, per_slot, per_dim, place, here);
+      place += here;
+    }
+  }
+};
 
 // Floats of a token's row: whole vectors, zeros behind the last dim.
 inline int64_t row_floats(int64_t dim) { return (dim + 15) / 16 * 16; }
@@ -41,32 +82,19 @@ inline void widen(const T* from, int64_t count, float* to) {
   }
 }
 
-// Calls work(page, slot, place, count) for the runs of `count` tokens from `first` on that share a page.
-template <class T, class Work>
-inline void by_pages(const SequencePages& pages, const int32_t* table, int64_t first, int64_t count, const Work& work) {
-  for (int64_t place = 0; place < count;) {
-    const int64_t token = first + place, slot = token % pages.block_size;
-    const int64_t left = count - place, here = pages.block_size - slot < left ? pages.block_size - slot : left;
-    const char* page = pages.pool + table[token / pages.block_size] * pages.page_stride_bytes;
-    work(reinterpret_cast<const T*>(page), slot, place, here);
-    place += here;
-  }
-}
-
 // Tokens -> rows [count, row_floats(dim)].
 template <class V, class T>
-inline void load_rows(const SequencePages& pages, const Part& part, const int32_t* table, int64_t first, int64_t count,
-                      float* rows) {
-  const int64_t dim = pages.dim, width = row_floats(dim);
-  by_pages<T>(pages, table, first, count, [&](const T* page, int64_t slot, int64_t place, int64_t here) {
+inline void load_rows(const Part<T>& part, int64_t first, int64_t count, float* rows) {
+  const int64_t dim = part.pages.dim, width = row_floats(dim);
+  part.by_runs(first, count, [&](const T* run, int64_t per_token, int64_t per_dim, int64_t place, int64_t here) {
     for (int64_t t = 0; t < here; ++t) {
-      const T* from = page + part.base + (slot + t) * part.per_slot;
+      const T* from = run + t * per_token;
       float* to = rows + (place + t) * width;
-      if (part.per_dim == 1) {
+      if (per_dim == 1) {
         widen<V>(from, dim, to);
       } else {
         T apart[kMostDim];
-        for (int64_t d = 0; d < dim; ++d) apart[d] = from[d * part.per_dim];
+        for (int64_t d = 0; d < dim; ++d) apart[d] = from[d * per_dim];
         widen<V>(apart, dim, to);
       }
       for (int64_t d = (dim + V::W - 1) / V::W * V::W; d < width; ++d) to[d] = 0.0f;
@@ -76,10 +104,9 @@ inline void load_rows(const SequencePages& pages, const Part& part, const int32_
 
 // As above, of a whole tile: rows behind the last are zeros.
 template <class V, class T>
-inline void load_tile(const SequencePages& pages, const Part& part, const int32_t* table, int64_t first, int64_t count,
-                      float* rows) {
-  const int64_t width = row_floats(pages.dim);
-  load_rows<V, T>(pages, part, table, first, count, rows);
+inline void load_tile(const Part<T>& part, int64_t first, int64_t count, float* rows) {
+  const int64_t width = row_floats(part.pages.dim);
+  load_rows<V>(part, first, count, rows);
   if (count < kTile) std::memset(rows + count * width, 0, static_cast<size_t>((kTile - count) * width) * sizeof(float));
 }
 
@@ -121,18 +148,17 @@ inline void transpose_rows(const float* rows, int64_t width, float* channels) {
 
 // Tokens -> channels [dim, kChannel]; tokens behind the last are zeros. `rows` is scratch.
 template <class V, class T>
-inline void load_channels(const SequencePages& pages, const Part& part, const int32_t* table, int64_t first,
-                          int64_t count, float* rows, float* channels) {
-  if (part.per_slot != 1) {
-    load_tile<V, T>(pages, part, table, first, count, rows);
-    return transpose_rows(rows, row_floats(pages.dim), channels);
+inline void load_channels(const Part<T>& part, int64_t first, int64_t count, float* rows, float* channels) {
+  const int64_t dim = part.pages.dim;
+  if (part.per_slot != 1 || first < part.older_count) {
+    load_tile<V>(part, first, count, rows);
+    return transpose_rows(rows, row_floats(dim), channels);
   }
-  by_pages<T>(pages, table, first, count, [&](const T* page, int64_t slot, int64_t place, int64_t here) {
-    const T* from = page + part.base + slot;
-    for (int64_t d = 0; d < pages.dim; ++d) widen<V>(from + d * part.per_dim, here, channels + d * kChannel + place);
+  part.by_runs(first, count, [&](const T* run, int64_t, int64_t per_dim, int64_t place, int64_t here) {
+    for (int64_t d = 0; d < dim; ++d) widen<V>(run + d * per_dim, here, channels + d * kChannel + place);
   });
   if (count == kTile) return;
-  for (int64_t d = 0; d < pages.dim; ++d) {
+  for (int64_t d = 0; d < dim; ++d) {
     float* channel = channels + d * kChannel;
     for (int64_t t = count; t < kTile; ++t) channel[t] = 0.0f;
   }

@@ -31,6 +31,10 @@ UtilityKernels choose() {
   return utility_portable();
 }
 
+int64_t all_tokens(const SequencePages& pages, int64_t s) {
+  return pages.seq_lens[s] + (pages.older_start == nullptr ? 0 : pages.older_start[s + 1] - pages.older_start[s]);
+}
+
 // Every entry that will be read, once: a wrong one must never be followed.
 int64_t check(const SequencePages& pages, int64_t* where) {
   for (int64_t s = 0; s < pages.sequences; ++s) {
@@ -54,7 +58,7 @@ struct Free {
 template <class Work>
 int64_t by_sequence(const SequencePages& pages, size_t bytes, const Work& work) {
   int64_t tokens = 0;
-  for (int64_t s = 0; s < pages.sequences; ++s) tokens += pages.seq_lens[s];
+  for (int64_t s = 0; s < pages.sequences; ++s) tokens += all_tokens(pages, s);
   bool short_of_memory = false;
 #pragma omp parallel if (tokens >= kWorthThreads) reduction(|| : short_of_memory)
   {
@@ -77,7 +81,7 @@ DELTAMEM_API int64_t deltamem_page_utility(const WindowCall* call, int64_t* wher
   const int64_t fault = check(call->pages, where);
   if (fault != kFine) return fault;
   int64_t longest = 0;
-  for (int64_t s = 0; s < call->pages.sequences; ++s) longest = std::max<int64_t>(longest, call->pages.seq_lens[s]);
+  for (int64_t s = 0; s < call->pages.sequences; ++s) longest = std::max(longest, all_tokens(call->pages, s));
   const UtilityKernels kernels = choose();
   return by_sequence(call->pages, kernels.window_bytes(*call, longest),
                      [&](int64_t s, char* scratch) { kernels.window(*call, s, scratch); });

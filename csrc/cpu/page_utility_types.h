@@ -29,7 +29,13 @@ struct SequencePages {
   int64_t value_slot;
   int64_t value_dim;
   int64_t dtype;
-  float* scores;  // [sequences, table_width * block_size], 0 where there is no token
+  float* scores;  // [sequences, score_stride], 0 where there is no token
+  int64_t score_stride;
+  // Tokens that stand before those in pages, one behind the other in rows of `dim`: first row of every sequence, and
+  // behind the last [sequences + 1]; or null if there are none.
+  const int64_t* older_start;
+  const void* older_keys;
+  const void* older_values;
 };
 
 enum WindowKind : int64_t { kDelta = 0, kMean = 1, kPooled = 2 };

@@ -195,7 +195,7 @@ template <class V, class T>
 struct Window {
   const WindowCall& call;
   const SequencePages& pages;
-  const int32_t* table;
+  Part<T> keys, values;
   WindowScratch s;
   int64_t tokens, window, all_rows, width;
   const T* queries;
@@ -204,9 +204,10 @@ struct Window {
   Window(const WindowCall& call_, int64_t sequence, char* memory)
       : call(call_),
         pages(call_.pages),
-        table(call_.pages.block_table + sequence * call_.pages.table_stride),
-        s(call_, call_.pages.seq_lens[sequence], memory),
-        tokens(call_.pages.seq_lens[sequence]),
+        keys(call_.pages, sequence, true),
+        values(call_.pages, sequence, false),
+        s(call_, tokens_of(call_.pages, sequence), memory),
+        tokens(tokens_of(call_.pages, sequence)),
         // A sequence may have fewer tokens than the window has queries: the last of these then.
         window(tokens < call_.window ? tokens : call_.window),
         all_rows(call_.group * window),
@@ -226,7 +227,7 @@ struct Window {
       for (int64_t d = 0; d < dim; ++d) own[d] *= scale;
     }
     for (int64_t t = 0; t < tokens; t += kTile) {
-      load_channels<V, T>(pages, keys_of(pages), table, t, here(t), s.rows, s.channels);
+      load_channels<V>(keys, t, here(t), s.rows, s.channels);
       by_rows<4>(count, [&](int row, auto number) {
         constexpr int R = decltype(number)::value;
         dot_tile<V, R>(s.queries + row * width, width, s.channels, dim, [&](int place, auto& sums) {
@@ -249,12 +250,12 @@ struct Window {
   bool read_values(int count) {
     std::memset(s.outputs, 0, static_cast<size_t>(count * width) * sizeof(float));
     for (int64_t t = 0; t < tokens; t += kTile) {
-      load_tile<V, T>(pages, values_of(pages), table, t, here(t), s.rows);
+      load_tile<V>(values, t, here(t), s.rows);
       add_value_tile<V>(s.logits + t, s.stride, s.rows, width, count, s.outputs);
     }
     float check = 0.0f;
     for (int r = 0; r < count; ++r) {
-      load_rows<V, T>(pages, values_of(pages), table, weights[r].top, 1, s.rows);
+      load_rows<V>(values, weights[r].top, 1, s.rows);
       float* output = s.outputs + r * width;
       const float moved = finish_output(s.rows, weights[r], pages.dim, output);
       for (int64_t d = 0; d < pages.dim; ++d) check += output[d] * 0.0f;
@@ -275,7 +276,7 @@ struct Window {
       for (int64_t d = 0; d < dim; ++d) length2[r] += output[d] * output[d];
     }
     for (int64_t t = 0; t < tokens; t += kTile) {
-      load_channels<V, T>(pages, values_of(pages), table, t, here(t), s.rows, s.channels);
+      load_channels<V>(values, t, here(t), s.rows, s.channels);
       alignas(64) float norm2[kTile];
       for (int place = 0; place < kTile; place += V::W) {
         F sum = V::zero();
@@ -353,7 +354,7 @@ inline void pool_scores(const float* mean, int64_t tokens, int64_t window, float
 template <class V, class T>
 void window_scores_of(const WindowCall& call, int64_t sequence, char* memory) {
   const SequencePages& pages = call.pages;
-  const int64_t size = pages.block_size, all = pages.table_width * size, tokens = pages.seq_lens[sequence];
+  const int64_t size = pages.block_size, all = pages.score_stride, tokens = tokens_of(pages, sequence);
   float* out = pages.scores + sequence * all;
   float* sums = call.sums == nullptr ? nullptr : call.sums + sequence * pages.table_width;
   for (int64_t t = tokens; t < all; ++t) out[t] = 0.0f;
@@ -370,9 +371,10 @@ void window_scores_of(const WindowCall& call, int64_t sequence, char* memory) {
       pool_scores(work.s.scores, tokens, work.window, out);
     }
   }
+  const float* in_pages = out + older_of(pages, sequence);
   for (int64_t page = 0; sums != nullptr && page < pages.table_width; ++page) {
     float sum = 0.0f;
-    for (int64_t slot = 0; slot < size; ++slot) sum += out[page * size + slot];
+    for (int64_t slot = 0; slot < size; ++slot) sum += in_pages[page * size + slot];
     sums[page] = sum;
   }
 }

@@ -5,7 +5,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -18,8 +18,9 @@ from deltamem_vllm.dealing.tables import PageTables
 from deltamem_vllm.memory.budgets import cdiv
 from deltamem_vllm.ops.cold import decode_delta
 from deltamem_vllm.ops.dealt_pages import DealtPages
+from deltamem_vllm.ops.page_utility import OlderTokens
 from deltamem_vllm.scoring.base import Scorer, ScoreView
-from deltamem_vllm.scoring.paged import PagedView, rate_pages
+from deltamem_vllm.scoring.paged import PagedView, can_rate_pages, rate_pages
 from deltamem_vllm.scoring.seen import Seen
 from deltamem_vllm.scoring.window import ObservationWindow
 
@@ -124,12 +125,9 @@ class Rater:
         """
         pool = self._tables.pool
         rows = self._window.rows(request_id) if scorer.needs_queries and self._window is not None else None
-        if cold is None and self._redundancy == 0:
-            rings = [] if rows is None or self._window is None else self._window.rings
-            place = (pool.flat, self._mover.layout, pages, lengths)
-            rated = rate_pages(scorer, PagedView(*place, rings, rows, self._scales, before))
-            if rated is not None:
-                return Ratings(rated.scores, None, rated.seen if lasting else None)
+        natively = self._rate_pages(pages, lengths, scorer, rows, before, cold)
+        if natively is not None:
+            return natively if lasting else replace(natively, seen=None)
         scores = torch.full((pool.layers, pool.heads, int(lengths.max())), float("-inf"), device=pool.device)
         coded = None
         if cold is not None:
@@ -166,6 +164,40 @@ class Rater:
                 scores[layer, own, :count] = rated[:, older[0].shape[1] :]
                 coded[layer, own.start][there] = rated[0, : older[0].shape[1]]
         return Ratings(scores, coded, Seen.joined(seen, pool.layers) if lasting else None)
+
+    def _rate_pages(
+        self,
+        pages: Tensor,
+        lengths: Tensor,
+        scorer: Scorer,
+        rows: Tensor | None,
+        before: Seen | None,
+        cold: ColdPages | None,
+    ) -> Ratings | None:
+        """`_rate` without copying hot pages together; None where that cannot be done."""
+        pool = self._tables.pool
+        if self._redundancy > 0 or not can_rate_pages(scorer, pool.flat):
+            return None
+        rings = [] if rows is None or self._window is None else self._window.rings
+        older, there = (None, None) if cold is None else self._all_coded(cold)
+        view = PagedView(pool.flat, self._mover.layout, pages, lengths, rings, rows, self._scales, before, older)
+        rated = rate_pages(scorer, view)
+        if rated is None:
+            return None
+        coded = None
+        if there is not None and rated.older is not None:
+            coded = torch.full(there.shape, float("-inf")).masked_scatter_(there, rated.older)
+        return Ratings(rated.scores, coded, rated.seen)
+
+    def _all_coded(self, cold: ColdPages) -> tuple[OlderTokens, Tensor]:
+        """All cold tokens, pair after pair, and where they are: ``[L, H, E, C]`` bool."""
+        assert self._cold is not None, "there are no cold pages without a layout for them"
+        raw = raw_bytes(self._tables.pool.flat, self._cold)
+        keys, values, tokens = decode_delta(self._cold, raw, cold.numbers, self._tables.pool.pages.dtype)
+        own = torch.arange(self._cold.capacity) < tokens.unsqueeze(1)
+        there = torch.zeros(*cold.pages.shape, self._cold.capacity, dtype=torch.bool)
+        there[torch.arange(cold.pages.shape[2]) < cold.counts.unsqueeze(2)] = own
+        return OlderTokens(keys[own], values[own], there.sum((2, 3)).flatten()), there
 
     def _coded(
         self, cold: ColdPages, layer: int, head: int, dtype: torch.dtype

@@ -12,6 +12,7 @@ from __future__ import annotations
 import ctypes
 import struct
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Final, Literal
 
 import torch
@@ -26,15 +27,39 @@ KEY_VALUE_FEATURES: Final = ("predictor", "distinct", "keydiff")
 """Scores by keys and values alone; a name's place is its number in the library."""
 
 # WindowCall and FeatureCall of csrc/cpu/page_utility_types.h, field by field: all have eight bytes.
-_PAGES: Final = "P2qP2qP3q6qqP"
+_PAGES: Final = "P2qP2qP3q6qqPq3P"
 _WINDOW: Final = struct.Struct("@" + _PAGES + "2P3qd")
 _FEATURES: Final = struct.Struct("@" + _PAGES + "5P2q")
+
+
+@dataclass(frozen=True)
+class OlderTokens:
+    """Tokens that stand before those in pages, such as those of cold pages once they are decoded.
+
+    Attributes
+    ----------
+    keys, values: ``[m, D]`` in the pool's dtype, those of the first sequence first.
+    counts: ``[S]`` int64, of each sequence; they sum up to m.
+    """
+
+    keys: Tensor
+    values: Tensor
+    counts: Tensor
+
+
 _DELTA, _MEAN, _POOLED = range(3)
 _BAD_LENGTH, _BAD_PAGE, _NO_MEMORY = 1, 2, 3
 
 
 def page_utility(
-    queries: Tensor, pool: Tensor, hot: PageLayout, block_table: Tensor, seq_lens: Tensor, scale: float
+    queries: Tensor,
+    pool: Tensor,
+    hot: PageLayout,
+    block_table: Tensor,
+    seq_lens: Tensor,
+    scale: float,
+    *,
+    older: OlderTokens | None = None,
 ) -> tuple[Tensor, Tensor] | None:
     """Score every entry by how far the output moves without it, and sum the scores of each page.
 
@@ -51,10 +76,12 @@ def page_utility(
     block_table: ``[S, W]`` int32, pages in token order; entries past a sequence's tokens are not read.
     seq_lens: ``[S]`` int32.
     scale: factor on q.k.
+    older: tokens before these; every query sees them.
 
     Returns
     -------
-    Scores, ``[S, W * block_size]`` float32, 0 where there is no token, and their sums by page, ``[S, W]`` float32.
+    Scores, ``[S, W * block_size]`` float32, 0 where there is no token, and their sums by page, ``[S, W]`` float32. With
+    older tokens, each sequence's scores begin with theirs, and there are as many columns more as any sequence has.
     None if the library cannot do it: another device or kind of number, heads of more than 256 dims, a layout without
     fixed distances, or no library.
 
@@ -68,7 +95,7 @@ def page_utility(
     if strides is None or library is None:
         return None
     sums = torch.zeros(block_table.shape, dtype=torch.float32)
-    scores = _by_window(library, _DELTA, queries, pool, strides, block_table, seq_lens, scale, sums)
+    scores = _by_window(library, _DELTA, queries, pool, strides, block_table, seq_lens, scale, older, sums)
     return scores, sums
 
 
@@ -80,13 +107,14 @@ def window_attention(
     seq_lens: Tensor,
     scale: float,
     *,
+    older: OlderTokens | None = None,
     pooled: bool = False,
 ) -> Tensor | None:
     """Score every entry by the attention that it gets from the window's queries, on average over these and the group.
 
     Parameters
     ----------
-    queries, pool, hot, block_table, seq_lens, scale: as of `page_utility`.
+    queries, pool, hot, block_table, seq_lens, scale, older: as of `page_utility`.
     pooled: like `SnapKVScorer`: an entry counts as the best of the seven around it, and the window's own entries as the
         best of all.
 
@@ -103,7 +131,7 @@ def window_attention(
     if strides is None or library is None:
         return None
     kind = _POOLED if pooled else _MEAN
-    return _by_window(library, kind, queries, pool, strides, block_table, seq_lens, scale, None)
+    return _by_window(library, kind, queries, pool, strides, block_table, seq_lens, scale, older, None)
 
 
 def feature_scores(
@@ -113,6 +141,7 @@ def feature_scores(
     block_table: Tensor,
     seq_lens: Tensor,
     *,
+    older: OlderTokens | None = None,
     weights: Tensor | None = None,
     before: tuple[Tensor, Tensor, int] | None = None,
 ) -> tuple[Tensor, Tensor, Tensor] | None:
@@ -121,7 +150,7 @@ def feature_scores(
     Parameters
     ----------
     kind: one of `KEY_VALUE_FEATURES`.
-    pool, hot, block_table, seq_lens: as of `page_utility`.
+    pool, hot, block_table, seq_lens, older: as of `page_utility`.
     weights: ``[S, features]`` float32 of the predictor, in the order of `scoring.features`; None for the others.
     before: what the heads have seen before: sums of the keys' unit vectors and of the values, ``[S, D]`` float32, and
         how many entries they are of. None: nothing.
@@ -139,7 +168,7 @@ def feature_scores(
     library = native.library() if strides is not None else None
     if strides is None or library is None:
         return None
-    pages, scores, held = _pages(pool, strides, block_table, seq_lens)
+    pages, scores, held = _pages(pool, strides, block_table, seq_lens, older)
     sequences, dim = block_table.shape[0], strides.dim
     if kind not in KEY_VALUE_FEATURES or (kind == "predictor") != (weights is not None):
         raise ValueError(
@@ -171,9 +200,10 @@ def _by_window(
     block_table: Tensor,
     seq_lens: Tensor,
     scale: float,
+    older: OlderTokens | None,
     sums: Tensor | None,
 ) -> Tensor:
-    pages, scores, held = _pages(pool, strides, block_table, seq_lens)
+    pages, scores, held = _pages(pool, strides, block_table, seq_lens, older)
     shape = (block_table.shape[0], strides.dim)
     if queries.dim() != 4 or (queries.shape[0], queries.shape[3]) != shape or not all(queries.shape[1:3]):
         raise ValueError(f"queries must be [{shape[0]}, G, w, {shape[1]}], got {tuple(queries.shape)}")
@@ -194,27 +224,50 @@ def _strides(pool: Tensor, hot: PageLayout) -> PoolStrides | None:
 
 
 def _pages(
-    pool: Tensor, strides: PoolStrides, block_table: Tensor, seq_lens: Tensor
-) -> tuple[tuple[int, ...], Tensor, tuple[Tensor, Tensor]]:
-    """The fields of `SequencePages`, the scores that will be written, and the tables, which must live until then."""
+    pool: Tensor, strides: PoolStrides, block_table: Tensor, seq_lens: Tensor, older: OlderTokens | None
+) -> tuple[tuple[int, ...], Tensor, tuple[Tensor, ...]]:
+    """The fields of `SequencePages`, the scores that will be written, and what must live until then, tables first."""
     for name, table, dims in (("block_table", block_table, 2), ("seq_lens", seq_lens, 1)):
         if table.dtype != torch.int32 or table.dim() != dims or len(table) != len(seq_lens) or not table.is_cpu:
             raise ValueError(
                 f"{name} must be int32 with {dims} dimension(s) and {len(seq_lens)} rows on the CPU, "
                 f"got {table.dtype} {tuple(table.shape)} on {table.device}"
             )
-    held = (block_table.contiguous(), seq_lens.contiguous())
+    held: tuple[Tensor, ...] = (block_table.contiguous(), seq_lens.contiguous())
     sequences, width = block_table.shape
-    scores = torch.empty(sequences, width * strides.slots, dtype=torch.float32)
+    columns, before = width * strides.slots, (0, 0, 0)
+    if older is not None:
+        _check_older(older, pool.dtype, sequences, strides.dim)
+        starts = torch.zeros(sequences + 1, dtype=torch.int64)
+        torch.cumsum(older.counts, 0, out=starts[1:])
+        held += (starts, older.keys.contiguous(), older.values.contiguous())
+        before = (held[2].data_ptr(), held[3].data_ptr(), held[4].data_ptr())
+        columns += int(older.counts.max())
+    scores = torch.empty(sequences, columns, dtype=torch.float32)
     fields = (
         pool.data_ptr(), pool.shape[0], strides.page * pool.element_size(), held[0].data_ptr(), width, width,
         held[1].data_ptr(), sequences, strides.dim, strides.slots, *strides.keys, *strides.values,
-        native.DTYPE_CODES[pool.dtype], scores.data_ptr(),
+        native.DTYPE_CODES[pool.dtype], scores.data_ptr(), columns, *before,
     )  # fmt: skip
     return fields, scores, held
 
 
-def _run(function: Callable[..., int], call: bytes, pool: Tensor, block_table: Tensor, seq_lens: Tensor) -> None:
+def _check_older(older: OlderTokens, dtype: torch.dtype, sequences: int, dim: int) -> None:
+    counts = older.counts
+    if tuple(counts.shape) != (sequences,) or counts.dtype != torch.int64 or not counts.is_cpu or not sequences:
+        raise ValueError(
+            f"counts of older tokens must be int64 {(sequences,)}, got {counts.dtype} {tuple(counts.shape)}"
+        )
+    if int(counts.min()) < 0:
+        raise ValueError(f"a sequence has 0 or more older tokens, got {int(counts.min())}")
+    shape = (int(counts.sum()), dim)
+    for name, part in (("keys", older.keys), ("values", older.values)):
+        if tuple(part.shape) != shape or part.dtype != dtype or not part.is_cpu:
+            raise ValueError(f"{name} of older tokens must be {dtype} {shape}, got {part.dtype} {tuple(part.shape)}")
+
+
+def _run(function: Callable[..., int], call: bytes, pool: Tensor, *held: Tensor) -> None:
+    block_table, seq_lens = held[:2]
     where = ctypes.c_int64()
     fault = function(call, ctypes.byref(where))
     if fault == _NO_MEMORY:

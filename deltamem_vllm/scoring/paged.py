@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import groupby
 from typing import Any, Literal
 
@@ -19,7 +20,7 @@ from torch import Tensor
 
 from deltamem_vllm.ops import native
 from deltamem_vllm.ops.layout import PageLayout
-from deltamem_vllm.ops.page_utility import feature_scores, page_utility, window_attention
+from deltamem_vllm.ops.page_utility import OlderTokens, feature_scores, page_utility, window_attention
 from deltamem_vllm.scoring.base import Scorer
 from deltamem_vllm.scoring.delta import DeltaScorer
 from deltamem_vllm.scoring.distinct import DistinctScorer
@@ -45,6 +46,7 @@ class PagedView:
     rows: ``[w]`` int64, which of them are the request's, oldest first; None without rings.
     scales: each layer's factor on q . k.
     before: what the heads had seen before these tokens; None where that does not count.
+    older: tokens that stand before those in pages, pair after pair; None if there are none.
     """
 
     pool: Tensor
@@ -55,6 +57,7 @@ class PagedView:
     rows: Tensor | None
     scales: Sequence[float]
     before: Seen | None
+    older: OlderTokens | None
 
     def queries(self, last: int | None = None) -> Tensor:
         """The newest ``last`` queries (None: all), ``[L * H, G, w, D]``."""
@@ -62,12 +65,21 @@ class PagedView:
             raise ValueError("this view carries no queries: the scorer must set needs_queries = True")
         rows = self.rows if last is None else self.rows[-last:]
         queries = torch.stack([ring.index_select(0, rows) for ring in self.rings])  # [L, w, H_q, D]
-        grouped = queries.unflatten(2, (self.pages.shape[1], -1)).permute(0, 2, 3, 1, 4)
+        layers, window, _, dim = queries.shape
+        grouped = queries.view(layers, window, self.pages.shape[1], -1, dim).permute(0, 2, 3, 1, 4)
         return grouped.flatten(0, 1).contiguous()
 
     def tables(self) -> tuple[Tensor, Tensor]:
         """Pages and lengths of all pairs: ``[L * H, W]`` and ``[L * H]`` int32."""
         return self.pages.flatten(0, 1), self.lengths.flatten().to(torch.int32)
+
+    def older_of(self, pairs: slice) -> OlderTokens | None:
+        """The older tokens of some pairs."""
+        if self.older is None:
+            return None
+        first = int(self.older.counts[: pairs.start].sum())
+        own = slice(first, first + int(self.older.counts[pairs].sum()))
+        return OlderTokens(self.older.keys[own], self.older.values[own], self.older.counts[pairs])
 
 
 @dataclass(frozen=True)
@@ -77,11 +89,18 @@ class PagedScores:
     Attributes
     ----------
     scores: ``[L, H, N]`` float32 in token order, ``-inf`` past a pair's last; N is the most tokens of a pair.
+    older: ``[m]`` float32 of the older tokens; None if there are none.
     seen: over ``PagedView.before`` and these tokens; None for scorers whose scores do not last.
     """
 
     scores: Tensor
-    seen: Seen | None
+    older: Tensor | None
+    seen: Seen | None = None
+
+
+def can_rate_pages(scorer: Scorer, pool: Tensor) -> bool:
+    """Whether `rate_pages` is worth asking: a scorer of the package, pages on a CPU, and the library is there."""
+    return type(scorer).score in _RATES and pool.is_cpu and native.library() is not None
 
 
 def rate_pages(scorer: Scorer, view: PagedView) -> PagedScores | None:
@@ -92,59 +111,64 @@ def rate_pages(scorer: Scorer, view: PagedView) -> PagedScores | None:
     None where this scorer cannot do so, or not for these pages: another device, kind of number or layout than the
     native library reads, or no library.
     """
-    rate = _RATES.get(type(scorer).score)
-    if rate is None or not view.pool.is_cpu or native.library() is None:
+    if not can_rate_pages(scorer, view.pool):
         return None
     if any(ring.dtype != view.pool.dtype for ring in view.rings):
         return None
-    return rate(scorer, view)
+    return _RATES[type(scorer).score](scorer, view)
 
 
-def _of_window(view: PagedView, rate: Callable[..., Tensor | None], last: int | None = None) -> Tensor | None:
-    """Scores by window queries, ``[L, H, N]``: one call for all layers of equal scale."""
+def _of_window(view: PagedView, rate: Callable[..., Tensor | None], last: int | None = None) -> PagedScores | None:
+    """Scores by window queries: one call for all layers of equal scale."""
     queries, (table, lengths) = view.queries(last), view.tables()
     heads, start, parts = view.pages.shape[1], 0, []
     for scale, run in groupby(view.scales):
         end = start + heads * len(list(run))
         own = slice(start, end)
-        part = rate(queries[own], view.pool, view.layout, table[own], lengths[own], scale)
+        pages = (view.pool, view.layout, table[own], lengths[own])
+        part = rate(queries[own], *pages, scale, older=view.older_of(own))
         if part is None:
             return None
         parts.append(part)
         start = end
-    return _within(view, parts[0] if len(parts) == 1 else torch.cat(parts))
+    columns = max(part.shape[1] for part in parts)
+    padded = [torch.nn.functional.pad(part, (0, columns - part.shape[1])) for part in parts]
+    return _within(view, padded[0] if len(padded) == 1 else torch.cat(padded))
 
 
-def _within(view: PagedView, scores: Tensor) -> Tensor:
-    """``[L * H, W * block_size]`` as ``[L, H, N]`` with ``-inf`` past each pair's tokens."""
-    longest = int(view.lengths.max())
-    cut = scores.view(*view.lengths.shape, -1)[..., :longest]
-    if int(view.lengths.min()) == longest:
-        return cut.contiguous()
-    return cut.masked_fill(torch.arange(longest) >= view.lengths.unsqueeze(2), float("-inf"))
+def _within(view: PagedView, scores: Tensor, seen: Seen | None = None) -> PagedScores:
+    """Scores of all pairs as the library writes them, with ``-inf`` past each pair's tokens and older ones apart."""
+    longest, lengths = int(view.lengths.max()), view.lengths.unsqueeze(2)
+    by_pair, index = scores.view(*view.lengths.shape, -1), torch.arange(longest)
+    if view.older is None:
+        cut = by_pair[..., :longest]
+        if int(lengths.min()) == longest:
+            return PagedScores(cut.contiguous(), None, seen)
+        return PagedScores(cut.masked_fill(index >= lengths, float("-inf")), None, seen)
+    counts = view.older.counts.view_as(lengths)
+    hot = by_pair.gather(2, (counts + index).clamp_(max=by_pair.shape[2] - 1))
+    older = by_pair[torch.arange(by_pair.shape[2]) < counts]
+    return PagedScores(hot.masked_fill(index >= lengths, float("-inf")), older, seen)
 
 
 def _delta(scorer: Scorer, view: PagedView) -> PagedScores | None:
-    def scores(*arguments: Any) -> Tensor | None:
-        rated = page_utility(*arguments)
+    def scores(*arguments: Any, older: OlderTokens | None) -> Tensor | None:
+        rated = page_utility(*arguments, older=older)
         return None if rated is None else rated[0]
 
-    found = _of_window(view, scores)
-    return None if found is None else PagedScores(found, None)
+    return _of_window(view, scores)
 
 
 def _snapkv(scorer: Scorer, view: PagedView) -> PagedScores | None:
-    found = _of_window(view, lambda *arguments: window_attention(*arguments, pooled=True))
-    return None if found is None else PagedScores(found, None)
+    return _of_window(view, partial(window_attention, pooled=True))
 
 
 def _tova(scorer: Scorer, view: PagedView) -> PagedScores | None:
     found = _of_window(view, window_attention, last=1)
-    if found is None:
-        return None
-    for layer, heads in _alike(view.lengths):
-        found[layer, heads] = found[layer, heads].mean(-2, keepdim=True)
-    return PagedScores(found, None)
+    if found is not None and view.older is None:  # with older tokens, heads are rated one by one
+        for layer, heads in _alike(view.lengths):
+            found.scores[layer, heads] = found.scores[layer, heads].mean(-2, keepdim=True)
+    return found
 
 
 def _alike(lengths: Tensor) -> Iterator[tuple[slice | int, slice]]:
@@ -163,8 +187,8 @@ def _alike(lengths: Tensor) -> Iterator[tuple[slice | int, slice]]:
 def _features(kind: Literal["predictor", "distinct", "keydiff"], view: PagedView, weights: Tensor | None) -> Any:
     before = view.before
     sums = None if before is None else (before.directions.flatten(0, 1), before.values.flatten(0, 1), before.count)
-    table, lengths = view.tables()
-    return feature_scores(kind, view.pool, view.layout, table, lengths, weights=weights, before=sums)
+    pages = (view.pool, view.layout, *view.tables())
+    return feature_scores(kind, *pages, older=view.older, weights=weights, before=sums)
 
 
 def _predictor(scorer: Scorer, view: PagedView) -> PagedScores | None:
@@ -178,13 +202,13 @@ def _predictor(scorer: Scorer, view: PagedView) -> PagedScores | None:
     scores, directions, values = rated
     count = int(view.lengths[0, 0]) + (0 if view.before is None else view.before.count)
     seen = Seen(directions.view(layers, heads, dim), values.view(layers, heads, dim), count)
-    return PagedScores(_within(view, scores), seen)
+    return _within(view, scores, seen)
 
 
 def _plain(kind: Literal["distinct", "keydiff"]) -> Callable[[Scorer, PagedView], PagedScores | None]:
     def rate(scorer: Scorer, view: PagedView) -> PagedScores | None:
         rated = _features(kind, view, None)
-        return None if rated is None else PagedScores(_within(view, rated[0]), None)
+        return None if rated is None else _within(view, rated[0])
 
     return rate
 

@@ -22,6 +22,7 @@ from scenarios import (
     FULL_GRAPH,
     LONG,
     MIXED,
+    NATIVE_SCORES,
     PREEMPT,
     PREFILL,
     PRESSURE,
@@ -47,6 +48,13 @@ COLD_BATCH = cold(
     "cold-batch",
     2,
     Expected(8, repeated_compactions=4, cold_made=12, cold_partial=12, cold_kept=6, cold_dropped=1, lost=1000),
+)
+# Cold tokens rated together with hot ones natively.
+COLD_NATIVE = cold(
+    NATIVE_SCORES,
+    "cold-native-scores",
+    2,
+    Expected(8, repeated_compactions=4, cold_made=6, cold_partial=6, cold_kept=3),
 )
 # Prompts of which most tokens go: full pages, and more of them than a pair may keep.
 COLD_FULL = cold(
@@ -83,7 +91,7 @@ COLD_FULL_GRAPH = cold(
     Expected(8, repeated_compactions=4, replays=70, padded_replays=30, cold_made=8, cold_kept=4),
 )
 
-COLD_FAST: tuple[Scenario, ...] = (COLD_BATCH, COLD_LONG, COLD_MIXED)
+COLD_FAST: tuple[Scenario, ...] = (COLD_BATCH, COLD_NATIVE, COLD_LONG, COLD_MIXED)
 
 COLD_MATRIX: tuple[Scenario, ...] = (
     COLD_FULL,

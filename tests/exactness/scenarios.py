@@ -47,6 +47,13 @@ BATCH = Scenario(
 BATCH_EQUAL = replace(
     BATCH, name="batch-equal", config=equal(), expected=Expected(compactions=6, repeated_compactions=2, equal=6)
 )
+# A scorer that a CPU's native library rates pages by; `uneven` is rated in torch.
+NATIVE_SCORES = replace(
+    BATCH,
+    name="native-scores",
+    config=policy(scorer="distinct"),
+    expected=Expected(compactions=6, repeated_compactions=2),
+)
 # Round 2 finds the dense blocks that round 1 left behind when it compacted.
 CACHE = Scenario(
     name="prefix-cache",
@@ -238,6 +245,7 @@ COVERAGE = replace(
 FAST: tuple[Scenario, ...] = (
     BATCH,
     BATCH_EQUAL,
+    NATIVE_SCORES,
     CACHE,
     CACHE_EQUAL,
     LONG,

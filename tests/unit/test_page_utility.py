@@ -5,6 +5,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import pytest
 import torch
@@ -14,7 +15,7 @@ from torch import Tensor
 
 from deltamem_vllm.ops import native
 from deltamem_vllm.ops.inputs_utility import UtilityCase, make_utility
-from deltamem_vllm.ops.page_utility import feature_scores, page_utility, window_attention
+from deltamem_vllm.ops.page_utility import OlderTokens, feature_scores, page_utility, window_attention
 from deltamem_vllm.scoring import reference
 from deltamem_vllm.scoring.base import ScoreView
 from deltamem_vllm.scoring.predictor import PredictorScorer
@@ -27,13 +28,13 @@ DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 LAYOUTS = ("slot_major", "keys_transposed")
 BF16, FP32 = torch.bfloat16, torch.float32
 
-KINDS: dict[str, Callable[[UtilityCase], Tensor]] = {
-    "delta": lambda case: page_utility(*case.window)[0],
-    "tova": lambda case: window_attention(case.queries[:, :, -1:].contiguous(), *case.window[1:]),
-    "snapkv": lambda case: window_attention(*case.window, pooled=True),
-    "predictor": lambda case: feature_scores("predictor", *case.pages, weights=case.weights)[0],
-    "distinct": lambda case: feature_scores("distinct", *case.pages)[0],
-    "keydiff": lambda case: feature_scores("keydiff", *case.pages)[0],
+KINDS: dict[str, Callable[..., Tensor]] = {
+    "delta": lambda case, **more: page_utility(*case.window, **more)[0],
+    "tova": lambda case, **more: window_attention(case.queries[:, :, -1:].contiguous(), *case.window[1:], **more),
+    "snapkv": lambda case, **more: window_attention(*case.window, pooled=True, **more),
+    "predictor": lambda case, **more: feature_scores("predictor", *case.pages, weights=case.weights, **more)[0],
+    "distinct": lambda case, **more: feature_scores("distinct", *case.pages, **more)[0],
+    "keydiff": lambda case, **more: feature_scores("keydiff", *case.pages, **more)[0],
 }
 # float32 sums in another order, of the moves also a difference of squares. Cosines near 0 cancel.
 ALLOWED = {"delta": (1e-4, 2e-5), "keydiff": (1e-4, 2e-6)}
@@ -258,3 +259,55 @@ class TestRefusals:
         case = make_utility("slot_major", FP32, 8, 16, 1, 1, (20, 7))
         with pytest.raises(ValueError, match=says):
             feature_scores(kind, *case.pages, **more)
+
+
+@settings(max_examples=examples(25), deadline=None)
+@given(
+    kind=st.sampled_from(list(KINDS)),
+    layout=st.sampled_from(LAYOUTS),
+    dtype=st.sampled_from(DTYPES),
+    counts=st.lists(st.tuples(st.sampled_from([0, 1, 5, 63, 64, 90]), st.integers(1, 100)), min_size=1, max_size=3),
+    window=st.integers(1, 4),
+    name=st.sampled_from(ISAS or ("none",)),
+    seed=st.integers(0, 2**16),
+)
+def test_older_tokens_count_as_if_they_stood_in_pages(kind, layout, dtype, counts, window, name, seed):
+    """The same tokens, all in pages, or their first some apart."""
+    older, hot = zip(*counts, strict=True)
+    whole = make_utility(layout, dtype, 20, 16, 2, window, [a + b for a, b in counts], seed=seed)
+    views = [view_of(whole, s) for s in range(len(counts))]
+    rest = make_utility(layout, dtype, 20, 16, 2, window, hot, seed=seed)
+    for s, view in enumerate(views):
+        index = torch.arange(hot[s])
+        page = rest.block_table[s, index // 16].long().unsqueeze(1)
+        for part, numbers in ((rest.hot.keys, view.keys), (rest.hot.values, view.values)):
+            rest.pool[page, part[index % 16]] = numbers[0, older[s] :]
+    before = OlderTokens(
+        *(torch.cat([part[0, :n] for part, n in zip(parts, older, strict=True)]) for parts in (
+            [view.keys for view in views], [view.values for view in views]
+        )),
+        torch.tensor(older),
+    )  # fmt: skip
+    rest = replace(rest, queries=whole.queries, weights=whole.weights)
+    with native.using_isa(name):
+        expected, got = KINDS[kind](whole), KINDS[kind](rest, older=before)
+    assert got.shape[1] == max(older) + rest.block_table.shape[1] * 16
+    rtol, atol = ALLOWED.get(kind, (2e-5, 1e-6))
+    for s, (a, b) in enumerate(counts):
+        torch.testing.assert_close(got[s, : a + b], expected[s, : a + b], rtol=rtol, atol=atol)
+        assert not got[s, a + b :].any()
+
+
+@pytest.mark.parametrize(
+    ("broken", "says"),
+    [
+        (OlderTokens(torch.zeros(3, 8), torch.zeros(3, 8), torch.tensor([3])), r"must be int64 \(2,\)"),
+        (OlderTokens(torch.zeros(3, 8), torch.zeros(3, 8), torch.tensor([4, -1])), "0 or more older tokens, got -1"),
+        (OlderTokens(torch.zeros(3, 8), torch.zeros(3, 8), torch.tensor([1, 3])), "keys of older tokens must be"),
+        (OlderTokens(torch.zeros(3, 8), torch.zeros(3, 8).half(), torch.tensor([1, 2])), "values of older tokens"),
+    ],
+)
+def test_older_tokens_that_do_not_fit_are_refused(broken, says):
+    case = make_utility("slot_major", FP32, 8, 16, 2, 3, (20, 7))
+    with pytest.raises(ValueError, match=says):
+        page_utility(*case.window, older=broken)

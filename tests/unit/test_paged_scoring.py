@@ -144,12 +144,23 @@ def test_compactions_and_probes_use_the_library(monkeypatch, name):
     assert "deltamem_page_mass" in recording.called
 
 
-def test_tiers_use_the_library(monkeypatch):
+@pytest.mark.parametrize("name", SCORERS)
+def test_tiers_use_the_library(monkeypatch, name):
+    """Also where some tokens are in cold pages already: these are decoded, the others rated where they are."""
     recording = Recording(native.library())
     monkeypatch.setattr(native, "library", lambda: recording)
-    request = Request("predictor", 4)
+    request = Request(name, 4)
+    monkeypatch.setattr(request.mover, "read", None)
     request.dealer.run(request.plan(range(13), range(20, 25), 200, 1), request.scorer)
-    assert recording.called >= {"deltamem_feature_scores", "deltamem_rank_pages", "deltamem_tier_path"}
+    cold = request.tables.requests["r"].cold
+    assert cold is not None and cold.total > 0
+    request.dealer.run(request.plan(range(20, 29), range(40, 44), 5 * SIZE + 60, 2), request.scorer)
+    by_window = request.scorer.needs_queries
+    assert recording.called >= {
+        "deltamem_page_utility" if by_window else "deltamem_feature_scores",
+        "deltamem_rank_pages",
+        "deltamem_tier_path",
+    }
 
 
 def test_what_the_library_does_not_rate_is_left_to_the_scorer(monkeypatch):
