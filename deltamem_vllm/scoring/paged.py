@@ -27,6 +27,7 @@ from deltamem_vllm.scoring.distinct import DistinctScorer
 from deltamem_vllm.scoring.features import feature_widths
 from deltamem_vllm.scoring.keydiff import KeyDiffScorer
 from deltamem_vllm.scoring.predictor import PredictorScorer
+from deltamem_vllm.scoring.predictor_tova import PredictorTOVAScorer, with_order_of
 from deltamem_vllm.scoring.seen import Seen
 from deltamem_vllm.scoring.snapkv import SnapKVScorer
 from deltamem_vllm.scoring.tova import TOVAScorer
@@ -205,6 +206,15 @@ def _predictor(scorer: Scorer, view: PagedView) -> PagedScores | None:
     return _within(view, scores, seen)
 
 
+def _predictor_tova(scorer: Scorer, view: PagedView) -> PagedScores | None:
+    if view.older is not None:
+        return None  # both orders are over older tokens, too, which the library hands back apart
+    expected, looked_at = _predictor(scorer, view), _tova(scorer, view)
+    if expected is None or looked_at is None:
+        return None
+    return PagedScores(with_order_of(expected.scores, looked_at.scores), None, expected.seen)
+
+
 def _plain(kind: Literal["distinct", "keydiff"]) -> Callable[[Scorer, PagedView], PagedScores | None]:
     def rate(scorer: Scorer, view: PagedView) -> PagedScores | None:
         rated = _features(kind, view, None)
@@ -218,6 +228,7 @@ _RATES: dict[Callable[..., Tensor], Callable[[Scorer, PagedView], PagedScores | 
     SnapKVScorer.score: _snapkv,
     TOVAScorer.score: _tova,
     PredictorScorer.score: _predictor,
+    PredictorTOVAScorer.score: _predictor_tova,
     DistinctScorer.score: _plain("distinct"),
     KeyDiffScorer.score: _plain("keydiff"),
 }

@@ -127,17 +127,17 @@ COLD_MATRIX: tuple[Scenario, ...] = (
             f"smollm2-cold-{bits}",
             bits,
             Expected(6, repeated_compactions=2, cold_made=20, cold_kept=5),
-            {"scorer": "predictor", "calibration": "auto", "keep_ratio": 0.3},
+            {"scorer": scorer, "calibration": "auto", "keep_ratio": 0.3},
             model="smollm2",
         )
-        for bits in (8, 4, 2)
+        for bits, scorer in ((8, "predictor"), (4, "predictor-tova"), (2, "predictor"))
     ),
     cold(
         FEW,
         "runner2-smollm2-cold",
         4,
         Expected(3, cold_made=20),
-        {"scorer": "predictor", "calibration": "auto", "cold_loss": None},
+        {"scorer": "predictor-tova", "calibration": "auto", "cold_loss": None},
         model="smollm2",
         runner=2,
         max_tokens=(12,),

@@ -30,7 +30,7 @@ from deltamem_vllm.scoring.window import ObservationWindow
 
 LAYERS, HEADS, GROUP, SIZE, DIM, WINDOW = 3, 2, 2, 16, 8, 5
 SINK, RECENT = 2, 5
-SCORERS = ("delta", "tova", "snapkv", "predictor", "distinct", "keydiff")
+SCORERS = ("delta", "tova", "snapkv", "predictor", "predictor-tova", "distinct", "keydiff")
 
 
 class Request:
