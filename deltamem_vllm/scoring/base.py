@@ -157,8 +157,9 @@ class Scorer(ABC):
     are to be judged by themselves."""
 
     lasting: ClassVar[bool] = False
-    """Whether an entry's score depends on nothing that comes after it, so that it need not be rated again. Where pages
-    are dealt, a compaction then rates only the entries since the last one, and `ScoreView.seen` tells of the others."""
+    """Whether an entry keeps the score it was given first: what comes after it does not change it, or is not to. Where
+    pages are dealt, a compaction then rates only the entries since the last one (with queries, by the newest of that
+    time), and `ScoreView.seen` tells of the others."""
 
     over_heads: ClassVar[bool] = False
     """Whether a head's score depends on the other heads of its view, which are then all heads of the layer that hold
