@@ -120,7 +120,7 @@ def _answer(
     # The default scorer decides whether there is an observation window, and thereby how large the pool is.
     # As if the model had a calibration of today: nothing is looked up here.
     scorer = config.resolved("a calibration", predictor=True).scorer
-    window = config.window if load_scorer(scorer).needs_queries else 0
+    window = load_scorer(scorer).observed(config.window)
     geometry = load_geometry(model)
     contexts = choose_contexts(asked, geometry.max_positions)
 

@@ -69,7 +69,8 @@ class WorkerMemory:
             _check_observed(layers, observing[0])
             heads = [(layer.impl.num_heads, layer.impl.head_size) for layer in layers]
             dtype = vllm_config.model_config.dtype
-            self.window = ObservationWindow(config.window, max_requests, max_tokens, heads, dtype, device)
+            window = max(scorer.observed(config.window) for scorer in scorers.values())
+            self.window = ObservationWindow(window, max_requests, max_tokens, heads, dtype, device)
             for layer, ring in zip(layers, self.window.rings, strict=True):
                 layer.impl.deltamem_ring = ring
         layout = probe_layout(_writer(layers[0]), caches[0])
@@ -279,11 +280,12 @@ def batch_limits(vllm_config: Any) -> tuple[int, int]:
 def window_bytes(vllm_config: Any) -> int:
     """Bytes the observation window takes on this rank."""
     config = DeltaMemConfig.from_additional_config(vllm_config.additional_config)
-    if not any(load_scorer(name).needs_queries for name in config.scorers):
+    window = max(load_scorer(name).observed(config.window) for name in config.scorers)
+    if not window:
         return 0
     model, parallel = vllm_config.model_config, vllm_config.parallel_config
     per_query = model.get_num_attention_heads(parallel) * model.get_head_size() * model.dtype.itemsize
-    rows = batch_limits(vllm_config)[0] * config.window + 1
+    rows = batch_limits(vllm_config)[0] * window + 1
     return int(rows * per_query * model.get_num_layers(parallel))
 
 

@@ -145,6 +145,8 @@ class Scorer(ABC):
     """Paper and arXiv id, or where else the idea comes from."""
     needs_queries: ClassVar[bool] = False
     """Whether the worker must record the observation window for it."""
+    newest: ClassVar[int | None] = None
+    """How many of the newest queries it reads, so that no more need be remembered; None reads the whole window."""
     comparable: ClassVar[bool] = False
     """Whether scores estimate future utility in one unit for all heads and layers, so that they may be added up and
     compared across them. Dealing then shares pages out by them; otherwise they only rank tokens inside a head.
@@ -167,6 +169,11 @@ class Scorer(ABC):
 
     learned: ClassVar[str | None] = None
     """Name of the calibration's tensor that it cannot do without. A server that has none refuses to start with it."""
+
+    @classmethod
+    def observed(cls, window: int) -> int:
+        """Queries a layer that are remembered for it with an observation window of ``window``; 0 if it needs none."""
+        return min(window, cls.newest or window) if cls.needs_queries else 0
 
     def bind(self, learned: Tensor) -> None:
         """Take the tensor ``learned`` of the model's calibration, once, before anything is rated.

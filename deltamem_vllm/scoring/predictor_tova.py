@@ -26,6 +26,7 @@ class PredictorTOVAScorer(PredictorScorer):
     summary = "half of it what the calibration predicts, half what the newest query attends to"
     source = "deltamem; TOVA is arXiv 2401.06104"
     needs_queries = True
+    newest = 1
     comparable = False
     over_heads = True
 

@@ -20,6 +20,7 @@ class TOVAScorer(Scorer):
     summary = "attention of the newest query, averaged over the heads: one choice per layer"
     source = "TOVA, arXiv 2401.06104"
     needs_queries = True
+    newest = 1
     over_heads = True
 
     def score(self, view: ScoreView) -> Tensor:

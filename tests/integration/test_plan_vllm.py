@@ -45,6 +45,7 @@ from deltamem_vllm.integration.policy import MAX_RESERVE_SHARE as POLICYS_SHARE
 from deltamem_vllm.integration.spec import DeltaMemSpec
 from deltamem_vllm.integration.worker import window_bytes as workers_window_bytes
 from deltamem_vllm.plugin import register
+from deltamem_vllm.scoring.registry import load_scorer
 
 SUPPORT = Path(__file__).resolve().parents[1] / "support"
 STOCK, STOCK_FP8, QUARTER, TENTH = make_treatments(DeltaMemConfig(), (0.25, 0.1))
@@ -175,7 +176,7 @@ def test_parts_of_ranks_are_vllms(name: str, ranks: int, tmp_path: Path) -> None
     assert geometry.layers == model.get_num_layers(parallel)
     assert geometry.token_bytes(2, ranks) * 16 == sum(s.page_size_bytes for s in specs_of(config, STOCK).values())
     serving = Serving(ranks=ranks, max_num_seqs=32, eager=True)
-    config.additional_config["deltamem"] = {"scorer": "tova"}  # one that has a window
+    config.additional_config["deltamem"] = {"scorer": "snapkv"}  # one that reads the whole window
     assert window_bytes(geometry, find_device("h100", None), serving, DeltaMemConfig().window) == workers_window_bytes(
         config
     )
@@ -307,7 +308,8 @@ def test_engines_agree(case: str, engines: dict[str, tuple[Geometry, dict[str, A
     assert found["weight_bytes"] == geometry.weight_bytes(FORMATS["bf16"], 1)
     assert found["layers"] * found["page_bytes"] == token * 32
     cpu = Device("cpu", "CPU", 1.0, 1.0)
-    window = window_bytes(geometry, cpu, serving, DeltaMemConfig().window) if treatment.budget else 0
+    observed = load_scorer("predictor-tova").observed(DeltaMemConfig().window)  # that of the shipped calibration
+    window = window_bytes(geometry, cpu, serving, observed) if treatment.budget else 0
     pool = Pool.of((1 << 30) - window, token, 32)
     assert found["blocks"] == pool.blocks
     if not treatment.budget:

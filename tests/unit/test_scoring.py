@@ -111,6 +111,19 @@ class TestScores:
                 by_name["predictor"][head].topk(keep).indices.tolist()
             )
 
+    @pytest.mark.parametrize("name", registry.BUILTIN)
+    def test_scorers_read_no_more_queries_than_they_say(self, name: str) -> None:
+        scorer, view = load(name), make_view(n=30, window=6)
+        observed = scorer.observed(6)
+        assert (observed > 0) == scorer.needs_queries
+        if observed:
+            assert view.queries is not None
+            fewer = ScoreView(
+                view.keys, view.values, view.queries[:, 6 - observed :], view.scale, view.layer, view.seed
+            )
+            assert torch.equal(scorer.score(fewer), scorer.score(view))
+            assert scorer.observed(1) == 1
+
     def test_of_equals_in_the_other_order_the_newer_ranks_first(self) -> None:
         own = torch.tensor([[5.0, 4.0, 3.0, 2.0]])
         assert with_order_of(own, torch.zeros(1, 4)).tolist() == [[5.0, 4.0, 4.0, 5.0]]
