@@ -34,7 +34,7 @@ class DealtPages:
     """
 
     def __init__(self, layout: PageLayout) -> None:
-        self.layout = self._layout = layout
+        self.layout = layout
         self._strides = {part: layout.strides(part) for part in _PARTS}
         self._offsets: dict[str, Tensor] = {part: getattr(layout, part) for part in _PARTS}
         self._width = layout.block_size * 2 * layout.head_size
@@ -62,13 +62,13 @@ class DealtPages:
         pages = _ids("pages", pages, 2)
         heads, p = pages.shape
         counts = [lengths] * heads if isinstance(lengths, int) else list(lengths)
-        most = p * self._layout.block_size
+        most = p * self.layout.block_size
         if len(counts) != heads or not heads or min(counts) < 0 or max(counts) > most:
             raise ValueError(
                 f"lengths must be one number or {heads}, between 0 and {most} (the tokens of {p} pages), got {lengths}"
             )
         n = max(counts)
-        used = pages[:, : -(-n // self._layout.block_size)].reshape(-1)
+        used = pages[:, : -(-n // self.layout.block_size)].reshape(-1)
         dense = []
         for part in _PARTS:
             view = self._view(pool, part)
@@ -76,7 +76,7 @@ class DealtPages:
                 tokens = pool[used.unsqueeze(1), self._offsets[part].view(1, -1)]
             else:
                 tokens = view[used] if self._apart(part) else view.index_select(0, used)
-            tokens = tokens.reshape(heads, used.shape[0] // heads * self._layout.block_size, self._layout.head_size)
+            tokens = tokens.reshape(heads, used.shape[0] // heads * self.layout.block_size, self.layout.head_size)
             tokens = tokens[:, :n].contiguous()
             for head, count in enumerate(counts):
                 tokens[head, count:] = 0
@@ -113,7 +113,7 @@ class DealtPages:
         keys, values = self._gather(pool, "keys", page, slot), self._gather(pool, "values", page, slot)
         if out is None:
             return keys, values
-        check_rows(pool, (page.shape[0], self._layout.head_size), *out)
+        check_rows(pool, (page.shape[0], self.layout.head_size), *out)
         return out[0].copy_(keys), out[1].copy_(values)
 
     def move(self, pool: Tensor, page: Tensor, slot: Tensor, targets: Tensor, in_place: bool) -> None:
@@ -150,7 +150,7 @@ class DealtPages:
         """
         self._check_pool(pool)
         pages = _ids("pages", pages, 1)
-        count, size, dim = pages.shape[0], self._layout.block_size, self._layout.head_size
+        count, size, dim = pages.shape[0], self.layout.block_size, self.layout.head_size
         for part, tokens in zip(_PARTS, (keys, values), strict=True):
             if tokens.shape != (count * size, dim) or tokens.dtype != pool.dtype:
                 raise ValueError(
@@ -184,7 +184,7 @@ class DealtPages:
         keys, values = self._strides["keys"], self._strides["values"]
         if keys is None or values is None:
             return None
-        return PoolStrides(pool.stride(0), keys, values, self._layout.block_size, self._layout.head_size)
+        return PoolStrides(pool.stride(0), keys, values, self.layout.block_size, self.layout.head_size)
 
     def _apart(self, part: str) -> bool:
         """Whether the elements of a token do not lie side by side: then ``index_select`` is the slow way."""
@@ -197,7 +197,7 @@ class DealtPages:
         if strides is None:
             return None
         base, slot, dim = strides
-        shape = (pool.shape[0], self._layout.block_size, self._layout.head_size)
+        shape = (pool.shape[0], self.layout.block_size, self.layout.head_size)
         return pool.as_strided(shape, (pool.stride(0), slot, dim), pool.storage_offset() + base)
 
     def _check_pool(self, pool: Tensor) -> None:

@@ -90,10 +90,10 @@ def page_utility(
     ValueError: a shape, dtype, page number or length does not fit.
     MemoryError: no room for the scratch memory.
     """
-    strides = _strides(pool, hot)
-    library = native.library() if strides is not None else None
-    if strides is None or library is None:
+    reading = _reading(pool, hot)
+    if reading is None:
         return None
+    library, strides = reading
     sums = torch.zeros(block_table.shape, dtype=torch.float32)
     scores = _by_window(library, _DELTA, queries, pool, strides, block_table, seq_lens, scale, older, sums)
     return scores, sums
@@ -126,10 +126,10 @@ def window_attention(
     ------
     ValueError, MemoryError: as `page_utility`.
     """
-    strides = _strides(pool, hot)
-    library = native.library() if strides is not None else None
-    if strides is None or library is None:
+    reading = _reading(pool, hot)
+    if reading is None:
         return None
+    library, strides = reading
     kind = _POOLED if pooled else _MEAN
     return _by_window(library, kind, queries, pool, strides, block_table, seq_lens, scale, older, None)
 
@@ -164,10 +164,10 @@ def feature_scores(
     ------
     ValueError, MemoryError: as `page_utility`.
     """
-    strides = _strides(pool, hot)
-    library = native.library() if strides is not None else None
-    if strides is None or library is None:
+    reading = _reading(pool, hot)
+    if reading is None:
         return None
+    library, strides = reading
     pages, scores, held = _pages(pool, strides, block_table, seq_lens, older)
     sequences, dim = block_table.shape[0], strides.dim
     if kind not in KEY_VALUE_FEATURES or (kind == "predictor") != (weights is not None):
@@ -216,11 +216,12 @@ def _by_window(
     return scores
 
 
-def _strides(pool: Tensor, hot: PageLayout) -> PoolStrides | None:
-    """None where the library cannot read the pool."""
+def _reading(pool: Tensor, hot: PageLayout) -> tuple[ctypes.CDLL, PoolStrides] | None:
+    """The library, and where tokens stand; None where it cannot read the pool, or is missing."""
     if not pool.is_cpu or pool.dtype not in native.DTYPE_CODES or hot.head_size > MOST_DIM:
         return None
-    return PoolStrides.of(pool, hot)
+    strides, library = PoolStrides.of(pool, hot), native.library()
+    return None if strides is None or library is None else (library, strides)
 
 
 def _pages(

@@ -19,7 +19,8 @@ class PredictorTOVAScorer(PredictorScorer):
     An entry's score is the larger of the two. Heads are not compared by it: at a tenth of the memory, pages dealt by
     the calibration's profile alone kept more answers than by these scores and the profile.
 
-    An entry keeps the score that it got when it was rated first, by the newest query of that time.
+    An entry keeps the score that it got when it was rated first, by the newest query of that time. As with TOVA, the
+    query's attention is a mean over the heads of one tensor-parallel rank, so ranks may differ.
     """
 
     name = "predictor-tova"

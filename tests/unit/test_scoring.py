@@ -74,13 +74,18 @@ class TestScores:
         # float32 against float64; the delta-score squares and cancels, so it is the least exact of them.
         torch.testing.assert_close(got.double(), expected, rtol=1e-3, atol=1e-4)
 
+    @pytest.mark.parametrize("name", ["predictor", "predictor-tova"])
     @pytest.mark.parametrize("shape", SHAPES)
-    def test_predictor_matches_definition(self, shape: dict) -> None:
+    def test_learned_scores_match_their_definition(self, name: str, shape: dict) -> None:
         view = make_view(**shape)
-        expected = reference.predictor(view, weights_for(heads=view.num_kv_heads))
-        got = load("predictor", view.num_kv_heads).score(view)
+        expected = getattr(reference, name.replace("-", "_"))(view, weights_for(heads=view.num_kv_heads))
+        got = load(name, view.num_kv_heads).score(view)
         assert got.dtype == torch.float32
         torch.testing.assert_close(got.double(), expected, rtol=1e-4, atol=0)
+
+    @pytest.mark.parametrize("shape", SHAPES)
+    def test_features_match_their_definition(self, shape: dict) -> None:
+        view = make_view(**shape)
         phi = torch.cat(feature_parts(view.keys, view.values), -1)
         assert phi.shape[2] == sum(feature_widths(8, 8))
         for head in range(view.num_kv_heads):
@@ -89,14 +94,6 @@ class TestScores:
             torch.testing.assert_close(
                 phi[head].double(), torch.tensor(rows, dtype=torch.float64), rtol=1e-5, atol=1e-6
             )
-
-    @pytest.mark.parametrize("shape", SHAPES)
-    def test_predictor_tova_matches_definition(self, shape: dict) -> None:
-        view = make_view(**shape)
-        expected = reference.predictor_tova(view, weights_for(heads=view.num_kv_heads))
-        got = load("predictor-tova", view.num_kv_heads).score(view)
-        assert got.dtype == torch.float32
-        torch.testing.assert_close(got.double(), expected, rtol=1e-4, atol=0)
 
     def test_predictor_tova_keeps_what_either_would_keep_of_half_as_many(self) -> None:
         view = make_view(n=40, window=3, kv_heads=2, group=2, peak=8.0)
