@@ -4,6 +4,8 @@
 
 from __future__ import annotations
 
+import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -40,6 +42,16 @@ def pytest_sessionfinish(session: pytest.Session) -> None:
             "| --- | --- | --- | --- | --- | --- | --- | --- | --- |",
         ]
         path.write_text("\n".join([*header, *sorted(rows)]) + "\n")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def environment_is_left_as_found() -> Iterator[None]:
+    """vLLM sets a dozen variables where an engine runs, LD_PRELOAD among them: no later command may inherit them."""
+    before = dict(os.environ)
+    yield
+    for name in os.environ.keys() - before.keys():
+        del os.environ[name]
+    os.environ.update(before)
 
 
 @pytest.fixture(scope="session")

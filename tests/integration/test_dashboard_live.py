@@ -20,6 +20,7 @@ from selenium.webdriver.common.by import By
 
 from deltamem_vllm.evaluation.live_server import MODEL_NAME, LiveServer, serve
 from tests.support.browser import console_errors, find_browser, open_browser, resize, until
+from tests.support.commands import run_command
 
 CONFIG = {"mode": "always", "keep_ratio": 0.25, "min_tokens": 64}
 FLAGS = ("--max-model-len", "2048", "--max-num-seqs", "4", "--max-num-batched-tokens", "256")
@@ -169,12 +170,15 @@ def test_refusals_and_totals_are_the_same_in_page_and_route(server: LiveServer, 
             process.wait(timeout=20)
 
 
+def _top(server: LiveServer, *further: str) -> subprocess.CompletedProcess[str]:
+    return run_command([Path(sys.executable).with_name("deltamem"), "top", "--once", "--url", server.url, *further])
+
+
 def test_top_shows_the_server_under_load(server: LiveServer, load: None) -> None:
-    command = [str(Path(sys.executable).with_name("deltamem")), "top", "--once", "--url", server.url, "--api-key", KEY]
     _until(lambda: _ask(server, "requests")["engines"][0]["requests"])
 
     def shown(*further: str) -> str:
-        done = subprocess.run([*command, *further], capture_output=True, text=True, timeout=60, check=False)
+        done = _top(server, "--api-key", KEY, *further)
         assert done.returncode == 0, done.stderr
         return done.stdout
 
@@ -182,4 +186,8 @@ def test_top_shows_the_server_under_load(server: LiveServer, load: None) -> None
     frame = _until(lambda: text if "cmpl-" in (text := shown()) else None)
     assert f"{MODEL_NAME} at" in frame and "pool " in frame
     _until(lambda: json.loads(shown("--json"))["requests"]["engines"][0]["total"] >= 1)
-    assert subprocess.run(command[:-2], capture_output=True, timeout=60, check=False).returncode == 1
+
+
+def test_top_says_that_a_real_server_wants_its_key(server: LiveServer) -> None:
+    done = _top(server)
+    assert (done.returncode, done.stdout) == (1, "") and "asks for its API key (HTTP 401)" in done.stderr

@@ -24,6 +24,7 @@ from fastapi import FastAPI
 from deltamem_vllm.server.dashboard.app import create_dashboard_app
 from deltamem_vllm.server.dashboard.guard import is_loopback
 from deltamem_vllm.watching.address import Address
+from tests.support.commands import run_command
 from tests.support.watched_server import HOSTILE_ID, MadeUpEngines, made_up_app, on_a_port
 
 CLOSED = "http://127.0.0.1:9"
@@ -249,7 +250,7 @@ def test_the_command_warns_when_others_can_read_and_takes_keys_from_the_environm
     ],
 )
 def test_the_command_says_what_is_wrong_and_exits_with_1(arguments: list[str], why: str) -> None:
-    done = subprocess.run([COMMAND, "dashboard", *arguments], capture_output=True, text=True, timeout=60, check=False)
+    done = run_command([COMMAND, "dashboard", *arguments])
     assert done.returncode == 1
     assert why in done.stderr and "Traceback" not in done.stderr
 
@@ -257,6 +258,6 @@ def test_the_command_says_what_is_wrong_and_exits_with_1(arguments: list[str], w
 def test_the_command_says_when_its_port_is_taken(upstream: str) -> None:
     port = upstream.rpartition(":")[2]
     command = [COMMAND, "dashboard", "--url", CLOSED, "--port", port]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+    done = run_command(command)
     assert done.returncode == 1
     assert f"cannot listen on 127.0.0.1:{port}" in done.stderr and "another --host or --port" in done.stderr

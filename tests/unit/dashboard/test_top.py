@@ -27,6 +27,7 @@ from deltamem_vllm.watching.address import Address
 from deltamem_vllm.watching.client import ServerClient
 from deltamem_vllm.watching.frame import Frame
 from deltamem_vllm.watching.view import View, look
+from tests.support.commands import run_command
 from tests.support.watched_server import CONFIG, MadeUpEngines, MadeUpRefusals, made_up_app, on_a_port
 
 CLOSED = "http://127.0.0.1:9"
@@ -60,9 +61,7 @@ def _draw(view: View, width: int, height: int, *, whole: bool = False) -> list[s
 
 def _run(*arguments: str) -> subprocess.CompletedProcess[str]:
     environment = {name: value for name, value in os.environ.items() if name != "VLLM_API_KEY"}
-    return subprocess.run(
-        [COMMAND, "top", *arguments], capture_output=True, text=True, timeout=60, check=False, env=environment
-    )
+    return run_command([COMMAND, "top", *arguments], environment=environment)
 
 
 def test_a_frame_shows_memory_requests_and_events(server: str) -> None:
