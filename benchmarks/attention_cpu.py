@@ -5,7 +5,8 @@
     python benchmarks/attention_cpu.py [--threads 1 2] [--rounds 7] [--dim 64] [--group 3] [--markdown FILE]
 
 Every round times each side once, in turn; shown are medians. A side reads several copies of its pages in turn, more
-than the caches hold, as the layers of a model do. GB/s are of what must be read once: hot tokens, or whole cold pages.
+than the caches hold, as the layers of a model do, in huge pages, as in a server. GB/s are of what must be read once:
+hot tokens, or whole cold pages.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
+from pools import as_in_a_server
 from report import Report
 
 from deltamem_vllm.ops import native
@@ -70,15 +72,15 @@ def scenes(args: argparse.Namespace) -> dict[str, dict[str, AttentionCase]]:
 def report(title: str, cases: dict[str, AttentionCase], threads: int, args: argparse.Namespace, out: Report) -> None:
     sides: dict[str, tuple[Callable[[], None], int]] = {}
     for name, case in cases.items():
-        copies = [case] + [
-            case.with_pool(case.pool.clone())
-            for _ in range(0 if args.small else min(15, MIB_PER_SIDE * 2**20 // case.bytes_read))
+        copies = [
+            case.with_pool(as_in_a_server(case.pool))
+            for _ in range(1 if args.small else 1 + min(15, MIB_PER_SIDE * 2**20 // case.bytes_read))
         ]
         total = case.bytes_read * len(copies)
         if name == "hot":
             sides["vLLM's kernel"] = vllm_side(copies), total
         sides[f"ours, {name}"] = our_side(copies, args.isa), total
-    much = torch.zeros(MIB_PER_SIDE * 2**18)
+    much = as_in_a_server(torch.zeros(MIB_PER_SIDE * 2**18))
     sides["only reading"] = lambda: void(much.sum()), much.nbytes
     seconds: dict[str, list[float]] = {name: [] for name in sides}
     for _ in range(args.rounds + 1):

@@ -9,7 +9,8 @@ for the few bytes of it that are wanted. "In lines" counts what the memory has t
 that holds something to read, once, and of every line written. "Of memcpy" says how much of a copy's speed arrives at
 the tokens, "in lines" how much of the memory's speed is used. Moves in place put each head's survivors into the first
 pages of the next head. Dense gathers and decoding write to memory that is there already; torch's versions get theirs on
-every call. All versions take turns, so that a noisy machine is noisy for all; figures are medians.
+every call. Pools and both sides of the copy lie in huge pages, as a server's pool does. All versions take turns, so
+that a noisy machine is noisy for all; figures are medians.
 
     .venv/bin/python benchmarks/native_cpu.py [--threads 2] [--isa avx2] [--bits 4] [--markdown FILE]
 """
@@ -21,10 +22,11 @@ import math
 import statistics
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
+from pools import as_in_a_server
 from report import Report
 
 from deltamem_vllm.codec.cold_codec import decode_pages, encode_pages
@@ -67,8 +69,8 @@ def main() -> None:
 
 
 def report(case: Case, rounds: int, out: Report) -> None:
-    source = torch.randint(0, 255, (case.moved // 2,), dtype=torch.uint8)
-    target = torch.empty_like(source)
+    source = as_in_a_server(torch.randint(0, 255, (case.moved // 2,), dtype=torch.uint8))
+    target = as_in_a_server(torch.zeros_like(source))
     turns = {"ours": case.ours, "copy": lambda: target.copy_(source), "torch": case.torchs}
     seconds: dict[str, list[float]] = {name: [] for name in turns}
     for turn in range(rounds + 1):
@@ -92,7 +94,7 @@ def cold_cases(args: argparse.Namespace) -> list[Case]:
         pages = max(1, args.mebibytes * 2**20 * bits // 16 // page_bytes)
         case = make_cold_tokens("normal", bits, args.dim, args.block, pages, dtype, args.seed, full=True)
         cold, keys, values, counts = case.cold, case.keys, case.values, case.counts
-        raw = torch.zeros(pages, page_bytes, dtype=torch.uint8)
+        raw = as_in_a_server(torch.zeros(pages, page_bytes, dtype=torch.uint8))
         ids = torch.randperm(pages)
         moved = 2 * keys.numel() * dtype.itemsize + pages * page_bytes
         encode_delta(cold, keys, values, counts, raw, ids)
@@ -117,6 +119,7 @@ def cold_cases(args: argparse.Namespace) -> list[Case]:
         ]
         for layout in args.layouts:
             there = put_in_pool(case, layout, args.block, args.seed)
+            there = replace(there, pool=as_in_a_server(there.pool))
             mover = DealtPages(there.layout)
 
             def in_torch(there=there, mover=mover, cold=cold, counts=counts) -> object:
@@ -162,6 +165,7 @@ def move_cases(args: argparse.Namespace) -> list[Case]:
             targets = args.mebibytes * 2**20 // (2 * page_numbers)
             hot = round(targets / share)
             pool = torch.randn(hot + targets, page_numbers, dtype=torch.bfloat16, generator=generator)
+            pool = as_in_a_server(pool)
             order = torch.randperm(hot + targets, generator=generator)
             kept = torch.randperm(hot * args.block, generator=generator)[: targets * args.block].sort().values
             page, slot = order[kept // args.block], kept % args.block
@@ -207,7 +211,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--isa", choices=native.ISAS, help="default: the best there is")
     parser.add_argument("--bits", type=int, nargs="+", default=[8, 4, 2])
     parser.add_argument("--dim", type=int, default=64)
-    parser.add_argument("--block", type=int, default=16, help="slots of a page")
+    parser.add_argument("--block", type=int, default=32, help="slots of a page")
     parser.add_argument("--layouts", nargs="+", default=["keys_transposed", "slot_major"])
     parser.add_argument("--mebibytes", type=int, default=64, help="of tokens in each operation")
     parser.add_argument("--rounds", type=int, default=9)

@@ -23,6 +23,7 @@ from pathlib import Path
 from unittest import mock
 
 import torch
+from pools import as_in_a_server
 from report import Report
 
 from deltamem_vllm.codec.cold_page import ColdFormat
@@ -115,7 +116,7 @@ def make_request(args: argparse.Namespace, tokens: int, name: str, bits: int) ->
     blocks = -(-tokens // args.block)
     total = blocks + 2 * max(2, round(args.keep * blocks)) + 16
     shape = (args.layers, total, args.heads, args.block, 2 * args.dim)
-    memory = torch.randn(shape, generator=generator, dtype=torch.float32).to(torch.bfloat16)
+    memory = as_in_a_server(torch.randn(shape, generator=generator, dtype=torch.float32).to(torch.bfloat16))
     pool = PagePool(list(memory))
     layout = make_layout(args.layout, args.block, args.dim)
     cold = ColdFormat(bits, args.dim, args.block * 2 * args.dim * 2) if bits else None

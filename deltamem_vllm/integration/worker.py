@@ -4,9 +4,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import Tensor
 from vllm.logger import init_logger
 from vllm.platforms import current_platform
 from vllm.v1.kv_cache_interface import KVCacheConfig, KVCacheSpec
@@ -32,6 +34,7 @@ from deltamem_vllm.memory.budgets import cdiv
 from deltamem_vllm.memory.curves import UtilityCurve
 from deltamem_vllm.memory.plans import StepPlan
 from deltamem_vllm.ops.dealt_pages import DealtPages
+from deltamem_vllm.ops.huge_pages import prefer_huge_pages
 from deltamem_vllm.ops.layout import probe_layout
 from deltamem_vllm.ops.pages import PageMover
 from deltamem_vllm.scoring.registry import load_scorer
@@ -58,6 +61,7 @@ class WorkerMemory:
         scorers = {name: load_scorer(name) for name in config.scorers}
         layers = attention_layers(vllm_config, runner.kv_cache_config)
         caches = [layer.kv_cache for layer in layers]
+        _ask_for_huge_pages(caches)
         self._shape = len(caches), caches[0].shape[1]
         max_requests, max_tokens = batch_limits(vllm_config)
         device = caches[0].device
@@ -193,6 +197,16 @@ def _reported(output: ModelRunnerOutput, report: dict[str, Any]) -> ModelRunnerO
     for name, value in report.items():
         setattr(output, name, value)
     return output
+
+
+def _ask_for_huge_pages(caches: Sequence[Tensor]) -> None:
+    """On a CPU, for the allocations behind the layers' caches; vLLM has just made them, of zeros."""
+    if not caches[0].is_cpu:
+        return
+    memories = {cache.untyped_storage().data_ptr(): cache.untyped_storage() for cache in caches}.values()
+    given = sum(prefer_huge_pages(torch.empty(0, dtype=torch.uint8).set_(memory)) for memory in memories)
+    size = sum(memory.nbytes() for memory in memories)
+    logger.info("deltamem: huge pages may hold %.2f of the KV cache's %.2f GiB", given / 2**30, size / 2**30)
 
 
 def has_graphs(vllm_config: Any) -> bool:

@@ -23,6 +23,7 @@ def test_rows_and_layers_of_one_step_agree(monkeypatch: pytest.MonkeyPatch, tmp_
         dtype="float32",
         enforce_eager=True,
         max_model_len=512,
+        gpu_memory_utilization=0.2,  # the default asks for nearly all memory of the machine
         num_gpu_blocks_override=64,
         additional_config={"deltamem": POLICY},
     )

@@ -5,6 +5,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import subprocess
 import time
@@ -16,6 +17,7 @@ from typing import Any
 import pytest
 from prometheus_client.mmap_dict import MmapedDict
 
+from deltamem_vllm.ops.huge_pages import huge_pages_setting
 from deltamem_vllm.telemetry import METRICS
 from tests.support.live_vllm import KEY, Series, Server, serve
 
@@ -235,7 +237,10 @@ def test_refused_request_is_a_400_and_counted(server: Server) -> None:
 
 
 def test_scrape_is_clean_and_the_log_has_no_stray_lines(server: Server) -> None:
-    assert "KV fetch:" not in server.log.read_text(), "vLLM's logger saw our numbers in its own field"
+    log = server.log.read_text()
+    assert "KV fetch:" not in log, "vLLM's logger saw our numbers in its own field"
+    (had, size), *others = re.findall(r"huge pages may hold ([\d.]+) of the KV cache's ([\d.]+) GiB", log)
+    assert not others and (float(size) - 0.01 <= float(had) <= float(size) or huge_pages_setting() == "never")
     promtool = shutil.which("promtool")
     if promtool is None:
         pytest.skip("promtool is not installed (Debian package: prometheus)")

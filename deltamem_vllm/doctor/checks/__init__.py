@@ -19,7 +19,7 @@ from deltamem_vllm.doctor.checks.plugins import check_plugins, check_scorers
 from deltamem_vllm.doctor.checks.ports import check_ports
 from deltamem_vllm.doctor.checks.prometheus import check_prometheus
 from deltamem_vllm.doctor.checks.server import check_server
-from deltamem_vllm.doctor.checks.threads import check_preloads, check_threads
+from deltamem_vllm.doctor.checks.threads import check_huge_pages, check_preloads, check_threads
 from deltamem_vllm.doctor.checks.torch_build import check_sisters, check_torch
 from deltamem_vllm.doctor.checks.triton_kernels import check_triton_kernels
 from deltamem_vllm.doctor.checks.versions import check_deltamem, check_vllm
@@ -48,6 +48,7 @@ CHECKS: tuple[Check, ...] = (
     check_shared_memory,
     check_threads,
     check_preloads,
+    check_huge_pages,
     check_disk,
     check_server,
 )

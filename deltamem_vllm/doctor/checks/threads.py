@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 # SPDX-FileCopyrightText: Copyright contributors to the deltamem project
-"""Threads and preloaded libraries of a CPU server."""
+"""Threads, preloaded libraries and huge pages of a CPU server."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from pathlib import Path
 from deltamem_vllm.doctor.asked import Asked
 from deltamem_vllm.doctor.checks.versions import build, carrier
 from deltamem_vllm.doctor.findings import Finding
+from deltamem_vllm.ops.huge_pages import SETTING, huge_pages_setting
 
 NAME = "threads"
 _BIND = "VLLM_CPU_OMP_THREADS_BIND"
@@ -64,6 +65,22 @@ def check_preloads(asked: Asked) -> Iterator[Finding]:
             "tcmalloc is not preloaded: vLLM's CPU server is faster with it",
             "Debian and Ubuntu: apt-get install libtcmalloc-minimal4, and LD_PRELOAD its .so",
         )
+
+
+def check_huge_pages(asked: Asked) -> Iterator[Finding]:
+    """A CPU server's KV pool may lie in huge pages."""
+    if build() != "cpu":
+        return
+    setting = huge_pages_setting()
+    if setting == "never":
+        yield Finding(
+            "huge pages",
+            "note",
+            "the kernel gives no transparent huge pages: attention over a pool of gigabytes is slower",
+            f"echo madvise > {SETTING}, as root of the host",
+        )
+    else:
+        yield Finding("huge pages", "ok", f"transparent huge pages: {setting}")
 
 
 def _cores_of(text: str) -> set[int]:

@@ -19,8 +19,9 @@ from deltamem_vllm.doctor.checks.gpu import check_gpu
 from deltamem_vllm.doctor.checks.memory import check_memory, check_shared_memory
 from deltamem_vllm.doctor.checks.ports import check_ports
 from deltamem_vllm.doctor.checks.prometheus import VARIABLE, check_prometheus
-from deltamem_vllm.doctor.checks.threads import check_preloads, check_threads
+from deltamem_vllm.doctor.checks.threads import check_huge_pages, check_preloads, check_threads
 from deltamem_vllm.doctor.findings import Finding
+from deltamem_vllm.ops.huge_pages import huge_pages_setting
 from tests.support.doctor import found, only
 
 # Nobody can write there, root included.
@@ -156,6 +157,20 @@ def test_tcmalloc_is_seen(tmp_path: Path) -> None:
     library.touch()
     findings = found(check_preloads, asked(LD_PRELOAD=str(library)))
     assert [finding.level for finding in findings] == ["ok"]
+
+
+@pytest.mark.parametrize(
+    ("setting", "level", "says"),
+    [
+        ("always madvise [never]", "note", "attention over a pool of gigabytes is slower"),
+        ("always [madvise] never", "ok", "transparent huge pages: madvise"),
+    ],
+)
+def test_huge_pages(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, setting: str, level, says: str) -> None:
+    path = tmp_path / "enabled"
+    path.write_text(setting)
+    monkeypatch.setattr("deltamem_vllm.doctor.checks.threads.huge_pages_setting", lambda: huge_pages_setting(path))
+    assert says in only(found(check_huge_pages, asked()), level).found
 
 
 def test_a_cache_that_cannot_be_written() -> None:
