@@ -30,7 +30,9 @@ def evaluate(
     samples: Annotated[int | None, typer.Option(min=1, help="Samples of each task at every length.")] = None,
     lengths: Annotated[str | None, typer.Option(help="Only these prompt lengths, as 2048,4096.")] = None,
     tasks: Annotated[str | None, typer.Option(help="Only these tasks, as niah-single,facts.")] = None,
-    policies: Annotated[str | None, typer.Option(help="These scorers instead of the grid's, as tova,mine.")] = None,
+    policies: Annotated[
+        str | None, typer.Option(help="Only these policies of the grid, or scorers, as tova,mine.")
+    ] = None,
     workers: Annotated[
         int | None, typer.Option(min=1, help="Engines side by side; one for each core of a CPU, one on a GPU.")
     ] = None,

@@ -123,6 +123,14 @@ def test_grids_are_found_read_and_narrowed(tmp_path: Path) -> None:
     assert narrowed(grid(), samples=None, lengths=None, tasks=None, policies=None) == grid()
 
 
+def test_policies_named_on_the_command_line_are_the_grids_own_or_scorers() -> None:
+    wide = {"name": "wide", "scorer": "tova", "config": {"window": 32, "recent_tokens": 32}}
+    all_ = grid(policies=[wide, "keydiff", "snapkv"], pairs=[["wide", "keydiff"], ["wide", "snapkv"]])
+    some = narrowed(all_, samples=None, lengths=None, tasks=None, policies=["wide", "snapkv", "tova"])
+    assert some.policies[0] == all_.policies[0] and some.policies[2].scorer == "tova"
+    assert some.pairs == (("wide", "snapkv"),)
+
+
 def test_policies_that_differ_in_more_than_the_scorer_get_engines_of_their_own() -> None:
     wide = {"name": "tova-wide", "scorer": "tova", "config": {"window": 32, "recent_tokens": 32}}
     specs = engine_specs(grid(policies=["tova", wide]))

@@ -236,7 +236,10 @@ def narrowed(
     tasks: list[str] | None,
     policies: list[str] | None,
 ) -> Grid:
-    """A grid with parts of it replaced from the command line; None leaves a part as it is."""
+    """A grid with parts of it replaced from the command line; None leaves a part as it is.
+
+    Of ``policies``, names that the grid has are the grid's policies, and its pairs of those stay; others are scorers.
+    """
     document = grid.model_dump()
     if lengths is not None:
         document["lengths"] = {length: grid.lengths.get(length, max(grid.lengths.values())) for length in lengths}
@@ -246,6 +249,7 @@ def narrowed(
     if tasks is not None:
         document["tasks"] = tasks
     if policies is not None:
-        document["policies"] = policies
-        document["pairs"] = []
+        own = {policy.name: policy.model_dump() for policy in grid.policies}
+        document["policies"] = [own.get(name, name) for name in policies]
+        document["pairs"] = [pair for pair in grid.pairs if set(pair) <= set(policies)]
     return parse_grid(document, f"grid {grid.name}, as changed on the command line")

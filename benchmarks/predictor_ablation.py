@@ -1,0 +1,145 @@
+# SPDX-License-Identifier: Apache-2.0
+# SPDX-FileCopyrightText: Copyright contributors to the deltamem project
+"""What the predictor's parts are worth: calibrations with another target, fewer texts or fewer features.
+
+One pass over the calibration's texts makes all of them, each a folder that a server can be given, and says how well
+each predicts texts that it has not seen: the share of the target's variance that is explained, in all and within
+heads; the rank correlation within heads; and the share of all attention that stays when a tenth of all entries is kept
+by it. Lines with different targets do not compare: each is measured on its own. What they keep of a model's answers,
+`deltamem eval ablation` measures afterwards.
+
+    .venv/bin/python benchmarks/predictor_ablation.py [--model smollm2] [--out build/ablation] [--markdown FILE]
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from report import Report
+from torch import Tensor
+
+from deltamem_vllm.calibration.artifact import Calibration, Card, save
+from deltamem_vllm.calibration.attention import Recorder
+from deltamem_vllm.calibration.corpus import draw, draw_held_out
+from deltamem_vllm.calibration.fingerprint import fingerprint, geometry_of, read_config
+from deltamem_vllm.calibration.metrics import held_out_metrics, mean_metrics
+from deltamem_vllm.calibration.network import fetch, load_network, load_tokenizer
+from deltamem_vllm.calibration.options import TARGETS, Options
+from deltamem_vllm.calibration.predictor import PredictorFit, learn
+from deltamem_vllm.calibration.profile import rank_profile
+from deltamem_vllm.calibration.prompt import prompt_of
+from deltamem_vllm.calibration.targets import BOTH, observe
+from deltamem_vllm.scoring.features import feature_widths
+
+TEXTS = (1, 2, 4, 8)
+# Of `scoring.features`: the constant, the key, the lengths of its rotary pairs, the value, and four single numbers.
+PARTS = {"keys": (1,), "pairs": (2,), "values": (3,), "norms": (4, 5, 6, 7)}
+WITHOUT = {
+    "no-keys": ("keys", "pairs"),
+    "no-values": ("values",),
+    "no-pairs": ("pairs",),
+    "no-norms": ("norms",),
+    "norms-only": ("keys", "pairs", "values"),
+}
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One calibration: ``weights`` [layers, kv heads, features] and ``profile`` [layers, kv heads, quantiles]."""
+
+    name: str
+    target: str
+    weights: Tensor
+    profile: Tensor
+
+
+def main() -> None:
+    args = parse()
+    out = Report("Parts of the predictor", (__doc__ or "").split("\n\n")[1], args.markdown)
+    folder = fetch(args.model)
+    own, geometry = fingerprint(folder), geometry_of(read_config(folder))
+    options = Options(samples=args.samples, tokens=args.tokens)
+    tokenizer, recorder = load_tokenizer(folder), Recorder()
+    recorder.register()
+    network, prompt = load_network(folder), prompt_of(tokenizer)
+
+    fits = {target: PredictorFit() for target in TARGETS}
+    profiles: dict[str, list[Tensor]] = {target: [] for target in TARGETS}
+    variants = []
+    for count, sample in enumerate(draw(tokenizer, options.samples, options.tokens, options.kinds, options.seed), 1):
+        seen = observe(network, tokenizer, recorder, prompt, sample)
+        for target, fit in fits.items():
+            learn(fit, seen.entries(target))
+            profiles[target].append(rank_profile(seen.peaks[target]))
+        if count in TEXTS:
+            variants.append(variant(f"texts-{count}", BOTH, fits, profiles))
+        print(f"text {count} of {options.samples}", flush=True)
+    variants = [variant(f"target-{target}", target, fits, profiles) for target in TARGETS] + variants
+    shipped = variants[list(TARGETS).index(BOTH)].profile
+    dims = geometry.head_dim
+    for name, parts in WITHOUT.items():
+        weights = solve_without(fits[BOTH].sums(), geometry.layers, feature_widths(dims, dims), parts)
+        variants.append(Variant(name, BOTH, weights, shipped))
+    for one in variants:
+        card = Card(args.model, own, geometry, {"made_by": "benchmarks/predictor_ablation.py", "variant": one.name})
+        save(
+            Calibration(card, {"rank_utility": one.profile, "predictor": one.weights}), args.out / one.name, force=True
+        )
+
+    found: dict[str, list[Mapping[str, Any]]] = {one.name: [] for one in variants}
+    for sample in draw_held_out(tokenizer, options.tokens, options.kinds, options.seed):
+        seen = observe(network, tokenizer, recorder, prompt, sample)
+        for one in variants:
+            found[one.name].append(held_out_metrics(one.weights, one.profile, seen.entries(one.target)))
+        print(f"held out: {sample.kind}", flush=True)
+    out.add("| calibration | target | R2 | R2 within heads | Spearman | attention kept at 10% | oracle | random |")
+    out.add("| --- | --- | ---: | ---: | ---: | ---: | ---: | ---: |")
+    for one in variants:
+        mean = mean_metrics(found[one.name])
+        kept = mean["kept"]["0.1"]
+        out.add(
+            f"| {one.name} | {one.target} | {mean['r2']:.3f} | {mean['r2_within_heads']:.3f} | {mean['spearman']:.3f} "
+            f"| {kept['predictor']:.3f} | {kept['oracle']:.3f} | {kept['random']:.3f} |"
+        )
+    out.close()
+
+
+def variant(name: str, target: str, fits: Mapping[str, PredictorFit], profiles: Mapping[str, list[Tensor]]) -> Variant:
+    """What was learned so far."""
+    return Variant(name, target, fits[target].solve(), torch.stack(profiles[target]).mean(0))
+
+
+def solve_without(sums: Mapping[str, Tensor], layers: int, widths: tuple[int, ...], parts: tuple[str, ...]) -> Tensor:
+    """Weights [layers, kv heads, features] of the fit without some parts: 0 there, as a server takes them."""
+    gone = {place for part in parts for place in PARTS[part]}
+    kept = torch.cat([torch.full((width,), place not in gone) for place, width in enumerate(widths)])
+    fit = PredictorFit()
+    fit.restore(dict(_reduced(sums, layers, kept)))
+    weights = torch.zeros(layers, sums["moments.0"].shape[0], len(kept))
+    weights[..., kept] = fit.solve()
+    return weights
+
+
+def _reduced(sums: Mapping[str, Tensor], layers: int, kept: Tensor) -> Iterator[tuple[str, Tensor]]:
+    for layer in range(layers):
+        yield f"products.{layer}", sums[f"products.{layer}"][:, kept][:, :, kept]
+        yield f"moments.{layer}", sums[f"moments.{layer}"][:, kept]
+
+
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--model", default="smollm2", help="an embedded model's name, a folder or a Hugging Face id")
+    parser.add_argument("--out", type=Path, default=Path("build/ablation"), help="gets a folder for each calibration")
+    parser.add_argument("--samples", type=int, default=Options.samples, help="texts to learn from")
+    parser.add_argument("--tokens", type=int, default=Options.tokens, help="of each text")
+    parser.add_argument("--markdown", type=Path, metavar="FILE", help="write the report to a file, too")
+    return parser.parse_args()
+
+
+if __name__ == "__main__":
+    main()
