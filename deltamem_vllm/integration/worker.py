@@ -206,7 +206,11 @@ def _ask_for_huge_pages(caches: Sequence[Tensor]) -> None:
     memories = {cache.untyped_storage().data_ptr(): cache.untyped_storage() for cache in caches}.values()
     given = sum(prefer_huge_pages(torch.empty(0, dtype=torch.uint8).set_(memory)) for memory in memories)
     size = sum(memory.nbytes() for memory in memories)
-    logger.info("deltamem: huge pages may hold %.2f of the KV cache's %.2f GiB", given / 2**30, size / 2**30)
+    logger.info(
+        "deltamem: huge pages hold %.2f of the KV cache's %.2f GiB, as far as the kernel has free ones",
+        given / 2**30,
+        size / 2**30,
+    )
 
 
 def has_graphs(vllm_config: Any) -> bool:

@@ -32,43 +32,45 @@ def huge_pages_setting(path: Path = SETTING) -> str:
 
 
 def prefer_huge_pages(memory: Tensor) -> int:
-    """Ask for huge pages behind memory that holds nothing yet.
+    """Ask for huge pages behind some memory.
 
-    The zeros that are there are given back to the kernel and come again as huge pages: pages that are small already
-    would else stay so for hours. Nothing changes for who reads the memory.
+    If it holds nothing but zeros, these are given back to the kernel and come again as huge pages; small pages that
+    hold something are left to the kernel, which may take hours to join them. Nothing changes for who reads the memory.
 
     Parameters
     ----------
-    memory: contiguous, on the CPU, all zeros.
+    memory: contiguous, on the CPU.
 
     Returns
     -------
     int
-        Bytes that may be in huge pages now; 0 where the kernel has none to give.
+        Bytes that came as huge pages, as far as the kernel has free ones; 0 where it has none to give, or the memory
+        holds something.
 
     Raises
     ------
-    ValueError: there is something in it, or it is no plain memory of a CPU.
+    ValueError: it is no plain memory of a CPU.
     """
     # Here, so that `deltamem doctor` reads the setting without torch.
     import torch
 
     if not memory.is_cpu or not memory.is_contiguous():
         raise ValueError(f"memory must be contiguous and on the CPU, got {memory.device}, strides {memory.stride()}")
-    if memory.numel() and bool(memory.any()):
-        raise ValueError("memory must be all zeros: what is in it would be lost")
     size = memory.numel() * memory.element_size()
     first = -(-memory.data_ptr() // HUGE) * HUGE
     length = (memory.data_ptr() + size - first) // HUGE * HUGE
     if length <= 0 or huge_pages_setting() == "never":
         return 0
-    libc = ctypes.CDLL(None, use_errno=True)
-    # Neither can do harm where it fails: locked memory, say, keeps its pages.
-    for advice in (_MADV_HUGEPAGE, _MADV_DONTNEED):
-        if libc.madvise(ctypes.c_void_p(first), ctypes.c_size_t(length), ctypes.c_int(advice)):
-            return 0
+    # Where one fails nothing has changed: locked memory, say, keeps its pages.
+    if not _advise(first, length, _MADV_HUGEPAGE) or bool(memory.any()) or not _advise(first, length, _MADV_DONTNEED):
+        return 0
     # Now, and not in the first requests: a machine that has too little memory should say so when it starts.
     plain = memory.view(-1).view(torch.uint8)
     begin = first - memory.data_ptr()
     plain[begin : begin + length : 4096] = 0
     return length
+
+
+def _advise(first: int, length: int, advice: int) -> bool:
+    failed: int = ctypes.CDLL(None).madvise(ctypes.c_void_p(first), ctypes.c_size_t(length), ctypes.c_int(advice))
+    return not failed

@@ -239,7 +239,7 @@ def test_refused_request_is_a_400_and_counted(server: Server) -> None:
 def test_scrape_is_clean_and_the_log_has_no_stray_lines(server: Server) -> None:
     log = server.log.read_text()
     assert "KV fetch:" not in log, "vLLM's logger saw our numbers in its own field"
-    (had, size), *others = re.findall(r"huge pages may hold ([\d.]+) of the KV cache's ([\d.]+) GiB", log)
+    (had, size), *others = re.findall(r"huge pages hold ([\d.]+) of the KV cache's ([\d.]+) GiB", log)
     assert not others and (float(size) - 0.01 <= float(had) <= float(size) or huge_pages_setting() == "never")
     promtool = shutil.which("promtool")
     if promtool is None:
