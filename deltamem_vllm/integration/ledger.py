@@ -123,7 +123,7 @@ def render_ledger() -> str:
         "does not start.",
         "",
         "This file is written by `python -m deltamem_vllm.integration.ledger docs/design/ledger.md`; edit",
-        "`deltamem_vllm/integration/ledger_entries.py` instead.",
+        "`deltamem_vllm/integration/ledger_{frontend,engine_core,worker}.py` instead.",
     ]
     lines += _tables(_ledger())
     lines += [
