@@ -61,11 +61,11 @@ def prefer_huge_pages(memory: Tensor) -> int:
     length = (memory.data_ptr() + size - first) // HUGE * HUGE
     if length <= 0 or huge_pages_setting() == "never":
         return 0
+    plain = memory.view(-1).view(torch.uint8)  # as bytes: -0.0 is something, too
     # Where one fails nothing has changed: locked memory, say, keeps its pages.
-    if not _advise(first, length, _MADV_HUGEPAGE) or bool(memory.any()) or not _advise(first, length, _MADV_DONTNEED):
+    if not _advise(first, length, _MADV_HUGEPAGE) or bool(plain.any()) or not _advise(first, length, _MADV_DONTNEED):
         return 0
     # Now, and not in the first requests: a machine that has too little memory should say so when it starts.
-    plain = memory.view(-1).view(torch.uint8)
     begin = first - memory.data_ptr()
     plain[begin : begin + length : 4096] = 0
     return length

@@ -72,6 +72,12 @@ def test_memory_that_holds_something_keeps_it(place: int) -> None:
     assert memory[place] == 1 and memory.sum() == 1
 
 
+def test_a_negative_zero_is_kept() -> None:
+    memory = torch.zeros(8 * 2**20)
+    memory[HUGE] = -0.0
+    assert prefer_huge_pages(memory) == 0 and bool(memory.signbit().any())
+
+
 def test_memory_must_be_in_one_piece() -> None:
     with pytest.raises(ValueError, match="contiguous"):
         prefer_huge_pages(torch.zeros(64, 64)[:, ::2])
