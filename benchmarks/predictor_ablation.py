@@ -6,7 +6,8 @@ One pass over the calibration's texts makes all of them, each a folder that a se
 each predicts texts that it has not seen: the share of the target's variance that is explained, in all and within
 heads; the rank correlation within heads; and the share of all attention that stays when a tenth of all entries is kept
 by it. Lines with different targets do not compare: each is measured on its own. What they keep of a model's answers,
-`deltamem eval ablation` measures afterwards.
+`deltamem eval ablation` measures afterwards. The line `hidden` has a hidden layer of 32 units beside the linear map; no
+server can be given that.
 
     .venv/bin/python benchmarks/predictor_ablation.py [--model smollm2] [--out build/ablation] [--markdown FILE]
 """
@@ -20,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from hidden_layer import HiddenLayer
 from report import Report
 from torch import Tensor
 
@@ -27,7 +29,7 @@ from deltamem_vllm.calibration.artifact import Calibration, Card, save
 from deltamem_vllm.calibration.attention import Recorder
 from deltamem_vllm.calibration.corpus import draw, draw_held_out
 from deltamem_vllm.calibration.fingerprint import fingerprint, geometry_of, read_config
-from deltamem_vllm.calibration.metrics import held_out_metrics, mean_metrics
+from deltamem_vllm.calibration.metrics import held_out_metrics, mean_metrics, prediction_metrics
 from deltamem_vllm.calibration.network import fetch, load_network, load_tokenizer
 from deltamem_vllm.calibration.options import TARGETS, Options
 from deltamem_vllm.calibration.predictor import PredictorFit, learn
@@ -37,6 +39,7 @@ from deltamem_vllm.calibration.targets import BOTH, observe
 from deltamem_vllm.scoring.features import feature_widths
 
 TEXTS = (1, 2, 4, 8)
+HIDDEN = "hidden"
 # Of `scoring.features`: the constant, the key, the lengths of its rotary pairs, the value, and four single numbers.
 PARTS = {"keys": (1,), "pairs": (2,), "values": (3,), "norms": (4, 5, 6, 7)}
 WITHOUT = {
@@ -69,6 +72,7 @@ def main() -> None:
     network, prompt = load_network(folder), prompt_of(tokenizer)
 
     fits = {target: PredictorFit() for target in TARGETS}
+    hidden = HiddenLayer()
     profiles: dict[str, list[Tensor]] = {target: [] for target in TARGETS}
     variants = []
     for count, sample in enumerate(draw(tokenizer, options.samples, options.tokens, options.kinds, options.seed), 1):
@@ -76,34 +80,40 @@ def main() -> None:
         for target, fit in fits.items():
             learn(fit, seen.entries(target))
             profiles[target].append(rank_profile(seen.peaks[target]))
+        hidden.add(seen.entries(BOTH))
         if count in TEXTS:
             variants.append(variant(f"texts-{count}", BOTH, fits, profiles))
         print(f"text {count} of {options.samples}", flush=True)
     variants = [variant(f"target-{target}", target, fits, profiles) for target in TARGETS] + variants
-    shipped = variants[list(TARGETS).index(BOTH)].profile
+    whole = variants[list(TARGETS).index(BOTH)]
     dims = geometry.head_dim
     for name, parts in WITHOUT.items():
         weights = solve_without(fits[BOTH].sums(), geometry.layers, feature_widths(dims, dims), parts)
-        variants.append(Variant(name, BOTH, weights, shipped))
+        variants.append(Variant(name, BOTH, weights, whole.profile))
     for one in variants:
         card = Card(args.model, own, geometry, {"made_by": "benchmarks/predictor_ablation.py", "variant": one.name})
         save(
             Calibration(card, {"rank_utility": one.profile, "predictor": one.weights}), args.out / one.name, force=True
         )
 
-    found: dict[str, list[Mapping[str, Any]]] = {one.name: [] for one in variants}
+    hidden.fit(whole.weights)
+    print("fitted the hidden layer", flush=True)
+
+    found: dict[str, list[Mapping[str, Any]]] = {one.name: [] for one in variants} | {HIDDEN: []}
     for sample in draw_held_out(tokenizer, options.tokens, options.kinds, options.seed):
         seen = observe(network, tokenizer, recorder, prompt, sample)
         for one in variants:
             found[one.name].append(held_out_metrics(one.weights, one.profile, seen.entries(one.target)))
+        text = seen.entries(BOTH)
+        found[HIDDEN].append(prediction_metrics(hidden.predict(text), whole.profile, text))
         print(f"held out: {sample.kind}", flush=True)
     out.add("| calibration | target | R2 | R2 within heads | Spearman | attention kept at 10% | oracle | random |")
     out.add("| --- | --- | ---: | ---: | ---: | ---: | ---: | ---: |")
-    for one in variants:
-        mean = mean_metrics(found[one.name])
+    for name, target in [(one.name, one.target) for one in variants] + [(HIDDEN, BOTH)]:
+        mean = mean_metrics(found[name])
         kept = mean["kept"]["0.1"]
         out.add(
-            f"| {one.name} | {one.target} | {mean['r2']:.3f} | {mean['r2_within_heads']:.3f} | {mean['spearman']:.3f} "
+            f"| {name} | {target} | {mean['r2']:.3f} | {mean['r2_within_heads']:.3f} | {mean['spearman']:.3f} "
             f"| {kept['predictor']:.3f} | {kept['oracle']:.3f} | {kept['random']:.3f} |"
         )
     out.close()

@@ -37,7 +37,12 @@ def held_out_metrics(weights: Tensor, profile: Tensor, text: Entries) -> dict[st
         entries of all heads are ranked together by the prediction (`predictor`) and by what came out (`oracle`), and
         when each head keeps the share that the profile gives it, but of random entries (`random`).
     """
-    expected, target, peaks = predict(weights, text).double(), target_of(text.peaks), text.peaks.double()
+    return prediction_metrics(predict(weights, text), profile, text)
+
+
+def prediction_metrics(expected: Tensor, profile: Tensor, text: Entries) -> dict[str, Any]:
+    """What `held_out_metrics` returns, for a prediction that was made: ``expected`` [layers, kv heads, watched]."""
+    expected, target, peaks = expected.double(), target_of(text.peaks), text.peaks.double()
     left = (target - expected).square().sum()
     within = (target - target.mean(-1, keepdim=True)).square().sum()
     kept = {}
