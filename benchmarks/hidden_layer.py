@@ -25,7 +25,7 @@ class HiddenLayer:
     seed: of that draw, the first weights and the batches.
     """
 
-    def __init__(self, units: int = 32, entries: int = 256, seed: int = 0) -> None:
+    def __init__(self, units: int = 32, entries: int = 1024, seed: int = 0) -> None:
         self._units, self._entries = units, entries
         self._draw = torch.Generator().manual_seed(seed)
         self._inputs: list[Tensor] = []  # by text, [layers, kv heads, entries, features]
@@ -38,7 +38,7 @@ class HiddenLayer:
         self._inputs.append(torch.stack([rows[:, chosen] for rows in _features(text)]))
         self._targets.append(target_of(text.peaks)[:, :, chosen].float())
 
-    def fit(self, linear: Tensor, steps: int = 2000, batch: int = 256, rate: float = 2e-3, decay: float = 1e-2) -> None:
+    def fit(self, linear: Tensor, steps: int = 2000, batch: int = 256, rate: float = 2e-3, decay: float = 0.1) -> None:
         """Learn what the linear map [layers, kv heads, features] leaves over (AdamW, its rate falling to 0)."""
         inputs, targets = torch.cat(self._inputs, 2), torch.cat(self._targets, 2)
         left = (targets - (inputs @ linear.unsqueeze(3)).squeeze(3)).flatten(0, 1)
