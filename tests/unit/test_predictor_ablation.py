@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 # SPDX-FileCopyrightText: Copyright contributors to the deltamem project
-"""Fits without some of their features are the fits that those features alone would have given."""
+"""Fits without some of their features are those of the others alone; a hidden layer learns what a line cannot."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from types import ModuleType
 import pytest
 import torch
 
-from deltamem_vllm.calibration.predictor import PredictorFit, target_of
+from deltamem_vllm.calibration.predictor import Entries, PredictorFit, learn, predict, target_of
 from deltamem_vllm.calibration.recipe import RECIPE
 from deltamem_vllm.scoring.features import feature_parts, feature_widths
 
@@ -55,3 +55,31 @@ def test_every_part_is_of_the_features(ablation: ModuleType) -> None:
     places = [place for part in ablation.PARTS.values() for place in part]
     assert sorted(places) == list(range(1, len(feature_widths(DIM, DIM))))  # all but the constant
     assert {part for parts in ablation.WITHOUT.values() for part in parts} <= set(ablation.PARTS)
+
+
+def test_a_hidden_layer_learns_what_is_not_linear(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(Path(__file__).parents[2] / "benchmarks"))
+    module = importlib.import_module("hidden_layer")
+    generator = torch.Generator().manual_seed(5)
+
+    def text() -> Entries:
+        keys, values = (torch.randn(LAYERS, HEADS, 600, DIM, generator=generator) for _ in range(2))
+        peaks = torch.exp(-3.0 + keys[..., 0] * keys[..., 1]).clamp(max=1.0)[..., 100:]  # no line tells a product
+        return Entries(keys, values, peaks, range(100, 600))
+
+    fit, hidden = PredictorFit(), module.HiddenLayer(units=16, entries=400)
+    for one in (text(), text(), text()):
+        learn(fit, one)
+        hidden.add(one)
+    linear = fit.solve()
+    hidden.fit(linear, steps=600, rate=1e-2)
+    unseen = text()
+    target = target_of(unseen.peaks)
+
+    def explained(prediction: torch.Tensor) -> float:
+        left = (target - prediction.double()).square().sum((1, 2))
+        return float((1 - left / (target - target.mean((1, 2), keepdim=True)).square().sum((1, 2))).min())
+
+    assert hidden.predict(unseen).shape == target.shape
+    assert explained(predict(linear, unseen)) < 0.1
+    assert explained(hidden.predict(unseen)) > 0.6
