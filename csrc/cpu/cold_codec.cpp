@@ -11,6 +11,7 @@
 
 #include "cold_source.h"
 #include "isa.h"
+#include "memory_stream.h"
 #include "token_move.h"
 
 namespace {
@@ -43,6 +44,20 @@ uint8_t* scratch(int64_t bytes) {
 
 // Pages are given out one by one where they are few: threads should end at the same time.
 bool worth_threads(int64_t pages) { return pages > 1; }
+
+// Where the tokens of a page are written: in place, or in memory of the thread and from there past the caches.
+class TokensOut {
+ public:
+  TokensOut(uint8_t* memory, int64_t bytes, bool streamed) : memory_(streamed ? memory : nullptr), bytes_(bytes) {}
+  uint8_t* of(uint8_t* to) const { return memory_ ? memory_ : to; }
+  void write(uint8_t* to) const {
+    if (memory_) copy_kernels().stream(memory_, bytes_, to);
+  }
+
+ private:
+  uint8_t* memory_;
+  int64_t bytes_;
+};
 
 // How often a kernel asks for more of the next page, about.
 int64_t turns(const ColdFormat& format, int64_t count, bool by_channel) {
@@ -79,28 +94,39 @@ DELTAMEM_API void deltamem_encode_delta(int bits, int64_t dim, int64_t page_byte
   }
 }
 
-// Page ids[p] (or p if null) of raw -> keys, values [pages, C, D] contiguous, counts [pages].
+// Page ids[p] (or p if null) of raw -> keys, values [pages, C, D] contiguous, counts [pages]. `streamed`: what is written
+// does not fit into the caches. (Encoding writes a quarter of what it reads, and gained nothing by it.)
 DELTAMEM_API void deltamem_decode_delta(int bits, int64_t dim, int64_t page_bytes, int dtype, int64_t pages,
                                         const uint8_t* raw, int64_t raw_stride, const int64_t* ids, uint8_t* keys,
-                                        uint8_t* values, int64_t* counts) {
+                                        uint8_t* values, int64_t* counts, int streamed) {
   const ColdFormat format{bits, dim, page_bytes};
   const ColdKernels& use = kernels();
   const int64_t capacity = format.capacity(), part = capacity * dim * itemsize(dtype);
   const auto page_of = [&](int64_t p) { return raw + (ids ? ids[p] : p) * raw_stride; };
-#pragma omp parallel for schedule(static) if (worth_threads(pages))
-  for (int64_t p = 0; p < pages; ++p) {
-    const uint8_t* page = page_of(p);
-    int32_t count;
-    std::memcpy(&count, page, sizeof(count));
-    counts[p] = count < 0 ? 0 : count < capacity ? count : capacity;
-    Ahead ahead;
-    const uint8_t* next = nullptr;
-    if (p + 1 < pages) {
-      next = page_of(p + 1);
-      ahead = Ahead({&next, 1, lines_of(format.end())}, {}, nullptr, 0, turns(format, counts[p], false) + 1);
+#pragma omp parallel if (worth_threads(pages))
+  {
+    Pieces pieces(scratch(2 * Pieces::bytes<uint8_t>(part) + scratch_bytes(format)));
+    const TokensOut key_out(pieces.take<uint8_t>(part), part, streamed);
+    const TokensOut value_out(pieces.take<uint8_t>(part), part, streamed);
+    uint8_t* const rest = pieces.take<uint8_t>(0);
+#pragma omp for schedule(static)
+    for (int64_t p = 0; p < pages; ++p) {
+      const uint8_t* page = page_of(p);
+      int32_t count;
+      std::memcpy(&count, page, sizeof(count));
+      counts[p] = count < 0 ? 0 : count < capacity ? count : capacity;
+      Ahead ahead;
+      const uint8_t* next = nullptr;
+      if (p + 1 < pages) {
+        next = page_of(p + 1);
+        ahead = Ahead({&next, 1, lines_of(format.end())}, {}, nullptr, 0, turns(format, counts[p], false) + 1);
+      }
+      use.decode(format, dtype, page, counts[p], key_out.of(keys + p * part), value_out.of(values + p * part), rest,
+                 ahead);
+      key_out.write(keys + p * part);
+      value_out.write(values + p * part);
     }
-    use.decode(format, dtype, page, counts[p], keys + p * part, values + p * part, scratch(scratch_bytes(format)),
-               ahead);
+    finish_streaming();
   }
 }
 

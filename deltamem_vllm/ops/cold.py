@@ -16,7 +16,7 @@ from deltamem_vllm.codec.cold_page import ColdFormat
 from deltamem_vllm.ops import native
 from deltamem_vllm.ops.checks import check_ids, check_places
 from deltamem_vllm.ops.dealt_pages import DealtPages
-from deltamem_vllm.ops.gather import PoolStrides, kept_pages
+from deltamem_vllm.ops.gather import PoolStrides, kept_pages, streamed
 from deltamem_vllm.ops.layout import PageLayout
 
 
@@ -96,6 +96,7 @@ def decode_delta(
         native.pointer(raw),
         native.int64(raw.stride(0)),
         *map(native.pointer, (ids, keys, values, counts)),
+        streamed(keys.nbytes + values.nbytes),
     )
     return keys, values, counts
 

@@ -102,7 +102,7 @@ def gather_tokens(
         *map(native.pointer, (page, slot)),
         native.int64(page.shape[0]),
         *map(native.pointer, (keys, values)),
-        _streamed(keys.nbytes + values.nbytes),
+        streamed(keys.nbytes + values.nbytes),
     )
     return keys, values
 
@@ -143,7 +143,7 @@ def gather_pages(
         *_pool_arguments(pool, strides),
         *map(native.pointer, (page, slot, targets)),
         native.int64(count),
-        _streamed(count * pool.shape[1] * pool.element_size()),
+        streamed(count * pool.shape[1] * pool.element_size()),
         None if memory is None else native.pointer(memory),
         native.int64(together),
     )
@@ -169,7 +169,8 @@ def kept_pages(pool: Tensor, count: int) -> Tensor:
     return held[:needed].view(pool.dtype).view(count, pool.shape[1])
 
 
-def _streamed(written: int) -> int:
+def streamed(written: int) -> int:
+    """Whether the library should write so many bytes past the caches: 0 or 1, as it takes it."""
     return int(written >= _STREAMED_BYTES)
 
 

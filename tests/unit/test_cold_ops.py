@@ -4,6 +4,8 @@
 
 from __future__ import annotations
 
+from unittest.mock import patch
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -11,7 +13,7 @@ from hypothesis import strategies as st
 
 from deltamem_vllm.codec.cold_codec import encode_pages
 from deltamem_vllm.codec.cold_page import BITS, ColdFormat
-from deltamem_vllm.ops import native, reference_cold
+from deltamem_vllm.ops import gather, native, reference_cold
 from deltamem_vllm.ops.cold import decode_delta, encode_delta, encode_from
 from deltamem_vllm.ops.inputs import LAYOUTS, make_layout
 from deltamem_vllm.ops.inputs_cold import KINDS, ColdTokens, make_cold_tokens, make_hostile_pages, put_in_pool
@@ -34,6 +36,11 @@ def encoded(case: ColdTokens) -> torch.Tensor:
     encode_delta(case.cold, case.keys, case.values, case.counts, raw, torch.arange(pages, 0, -1))
     assert (raw[0] == 0xAA).all() and (raw[-1] == 0xAA).all()
     return raw[1:-1].flip(0)
+
+
+def past_caches(streamed: bool):
+    """Whatever the size: written past the caches, or never."""
+    return patch.object(gather, "_STREAMED_BYTES", 0 if streamed else 2**60)
 
 
 def same(a: torch.Tensor, b: torch.Tensor) -> bool:
@@ -67,11 +74,12 @@ def test_every_version_writes_the_same_bytes(kind, bits, dim):
     pages=st.integers(0, 4),
     dtype=st.sampled_from(DTYPES),
     name=st.sampled_from(ISAS or ("none",)),
+    streamed=st.booleans(),
     seed=st.integers(0, 2**16),
 )
-def test_any_shape(kind, bits, dim, block_size, pages, dtype, name, seed):
+def test_any_shape(kind, bits, dim, block_size, pages, dtype, name, streamed, seed):
     case = make_cold_tokens(kind, bits, dim, block_size, pages, dtype, seed)
-    with native.using_isa(name):
+    with native.using_isa(name), past_caches(streamed):
         raw = encoded(case)
         assert torch.equal(raw, encode_pages(case.cold, case.keys, case.values, case.counts))
         keys, values, counts = decode_delta(case.cold, raw, torch.arange(pages), torch.float32)
@@ -88,9 +96,10 @@ def test_any_shape(kind, bits, dim, block_size, pages, dtype, name, seed):
     bits=st.sampled_from(BITS),
     dim=st.sampled_from([4, 8, 20, 64]),
     dtype=st.sampled_from(DTYPES),
+    streamed=st.booleans(),
     seed=st.integers(0, 2**16),
 )
-def test_torch_writes_and_native_reads_what_the_definition_says(kind, bits, dim, dtype, seed):
+def test_torch_writes_and_native_reads_what_the_definition_says(kind, bits, dim, dtype, streamed, seed):
     case = make_cold_tokens(kind, bits, dim, 16, 2, dtype, seed)
     raw = encode_pages(case.cold, case.keys, case.values, case.counts)
     for page, count in enumerate(case.counts.tolist()):
@@ -98,7 +107,7 @@ def test_torch_writes_and_native_reads_what_the_definition_says(kind, bits, dim,
         assert bytes(raw[page].tolist()) == expected
         keys, values, held = reference_cold.decode_page(case.cold, expected)
         for name in ISAS:
-            with native.using_isa(name):
+            with native.using_isa(name), past_caches(streamed):
                 for out in DTYPES:
                     got = decode_delta(case.cold, raw, torch.tensor([page]), out)
                     assert int(got[2]) == held == count
@@ -134,9 +143,10 @@ def test_bytes_that_nobody_wrote_are_read_alike(bits, dim, out, seed):
     dtype=st.sampled_from(DTYPES),
     name=st.sampled_from(ISAS or ("none",)),
     in_place=st.booleans(),
+    streamed=st.booleans(),
     seed=st.integers(0, 2**16),
 )
-def test_tokens_of_hot_pages_become_cold(layout, bits, dim, block_size, pages, dtype, name, in_place, seed):
+def test_tokens_of_hot_pages_become_cold(layout, bits, dim, block_size, pages, dtype, name, in_place, streamed, seed):
     case = make_cold_tokens("normal", bits, dim, block_size, pages, dtype, seed)
     there = put_in_pool(case, layout, block_size, seed)
     targets = there.spare
@@ -144,7 +154,7 @@ def test_tokens_of_hot_pages_become_cold(layout, bits, dim, block_size, pages, d
         own = torch.unique(there.pages[there.pages < len(there.pool)])
         targets = torch.cat([own.flip(0), there.spare])[:pages]
     before = there.pool.clone()
-    with native.using_isa(name):
+    with native.using_isa(name), past_caches(streamed):
         encode_from(there.pool, there.layout, case.cold, there.pages, there.slots, case.counts, targets)
     before.view(torch.uint8)[targets] = encode_pages(case.cold, case.keys, case.values, case.counts)
     assert torch.equal(before.view(torch.uint8), there.pool.view(torch.uint8))
@@ -185,11 +195,13 @@ def test_the_comparison_sees_one_wrong_code(isa):
     assert not torch.equal(raw, encode_pages(case.cold, case.keys, case.values, case.counts))
 
 
-def test_pages_inside_a_larger_allocation(isa):
+@pytest.mark.parametrize("streamed", [False, True])
+def test_pages_inside_a_larger_allocation(isa, streamed):
     case = make_cold_tokens("outliers", 2, 96, 16, 3, torch.bfloat16, seed=2)
     whole = torch.full((3, case.cold.page_bytes + 6), 7, dtype=torch.uint8)
     view = whole[:, 3:-3]  # also at an odd address
-    encode_delta(case.cold, case.keys, case.values, case.counts, view, torch.arange(3))
+    with past_caches(streamed):
+        encode_delta(case.cold, case.keys, case.values, case.counts, view, torch.arange(3))
     assert torch.equal(view, encode_pages(case.cold, case.keys, case.values, case.counts))
     assert (whole[:, :3] == 7).all() and (whole[:, -3:] == 7).all()
     ids = torch.tensor([2, 0, 2])
