@@ -89,8 +89,14 @@ def keydiff(view: ScoreView) -> Tensor:
         units = [key / key.norm() for key in view.keys[head].double()]
         anchor = sum(units[1:], units[0]) / len(units)
         for j, unit in enumerate(units):
-            scores[head, j] = -float(unit @ anchor) / float(anchor.norm())
+            scores[head, j] = -_cosine(unit, anchor)
     return scores
+
+
+def _cosine(unit: Tensor, anchor: Tensor) -> float:
+    """Of the angle between a unit vector and another one; 0 where that has no direction: keys that cancel out."""
+    length = float(anchor.norm())
+    return float(unit @ anchor) / length if length else 0.0
 
 
 def distinct(view: ScoreView) -> Tensor:
@@ -121,7 +127,7 @@ def features(view: ScoreView, head: int, j: int) -> list[float]:
         *value.tolist(),
         float(key.norm()),
         float(value.norm()),
-        float(units[j] @ anchor) / float(anchor.norm()),
+        _cosine(units[j], anchor),
         float((value - mean).norm()),
     ]
 

@@ -98,6 +98,14 @@ def test_scores_are_the_definition(kind, layout, dtype, dim, block, group, windo
     check(kind, make_utility(layout, dtype, dim, block, group, window, lengths, peaked=peaked, seed=seed), slow)
 
 
+@pytest.mark.parametrize("kind", ["keydiff", "distinct", "predictor"])
+def test_keys_that_cancel_out_have_no_mean_direction(kind: str) -> None:
+    case = make_utility("slot_major", torch.bfloat16, 1, 3, 1, 1, [2], peaked=1.0, seed=0)
+    keys = view_of(case, 0).keys.flatten()
+    assert keys[0] * keys[1] < 0, "one dimension, opposite signs"
+    check(kind, case, slow)
+
+
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize(
     ("layout", "dtype", "dim", "block", "group", "window", "lengths", "peaked"),
