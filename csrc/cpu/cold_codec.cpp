@@ -95,7 +95,7 @@ DELTAMEM_API void deltamem_encode_delta(int bits, int64_t dim, int64_t page_byte
 }
 
 // Page ids[p] (or p if null) of raw -> keys, values [pages, C, D] contiguous, counts [pages]. `streamed`: what is written
-// does not fit into the caches. (Encoding writes a quarter of what it reads, and gained nothing by it.)
+// does not fit into the caches. (Encoding writes less than it reads, and gained nothing by it.)
 DELTAMEM_API void deltamem_decode_delta(int bits, int64_t dim, int64_t page_bytes, int dtype, int64_t pages,
                                         const uint8_t* raw, int64_t raw_stride, const int64_t* ids, uint8_t* keys,
                                         uint8_t* values, int64_t* counts, int streamed) {
