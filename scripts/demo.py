@@ -29,7 +29,7 @@ from deltamem_vllm.models.errors import ModelError
 TASK: Task = "multikey"
 INDEX, SEED, PROMPT_TOKENS = 5, 1, 3664
 SCORER = "predictor"
-WHY = ": what a server with a calibration takes (docs/results/predictor.md)"
+WHY = ": the default of servers with a calibration is predictor-tova (docs/results/cold.md)"
 BAR = 40
 
 
