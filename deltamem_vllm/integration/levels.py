@@ -54,7 +54,7 @@ class Levels:
         level("resident_bytes", self._bytes(resident))
         held = manager.cold_held()
         cold = held.blocks * manager.block_size * self._token_bytes
-        level("tier_bytes", int(resident * self._token_bytes - cold), label="hot")
+        level("tier_bytes", self._bytes(resident) - int(cold), label="hot")  # they add up
         level("tier_bytes", int(cold), label="cold")
         level("cold_tokens", int(held.tokens))
         level("compacted_requests", len(manager.evicted))

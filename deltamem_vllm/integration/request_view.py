@@ -81,7 +81,7 @@ def _row(
     request_id = request.request_id
     logical, resident = _lengths(request, manager)
     cold = manager.cold.get(request_id, _NOTHING)
-    cold_bytes = cold.blocks * manager.block_size * token_bytes
+    cold_bytes = int(cold.blocks * manager.block_size * token_bytes)
     return {
         "id": request_id,
         "status": _status(request),
@@ -92,8 +92,8 @@ def _row(
         "logical_tokens": logical,
         "resident_tokens": resident,
         "kept_share": resident / logical if logical else 1.0,
-        "hot_bytes": int(resident * token_bytes - cold_bytes),
-        "cold_bytes": int(cold_bytes),
+        "hot_bytes": int(resident * token_bytes) - cold_bytes,
+        "cold_bytes": cold_bytes,
         "cold_tokens": cold.tokens,
         "blocks": len(manager.req_to_blocks.get(request_id, ())),
         "compactions": state.compactions if state else 0,

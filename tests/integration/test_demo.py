@@ -24,7 +24,7 @@ def test_the_demo_answers_right_from_a_quarter_of_the_cache(tmp_path: Path) -> N
     demo = run_demo(tmp_path)
     assert demo.returncode == 0, demo.stdout + demo.stderr
     assert re.search(r"with deltamem \(.* s\): RIGHT", demo.stdout)
-    without, kept = (int(tokens) for tokens in re.findall(r"(\d+) tokens +[\d.]+ MB", demo.stdout))
+    without, kept = (int(tokens) for tokens in re.findall(r"(\d+) slots +[\d.]+ MB", demo.stdout))
     assert without > 3600
     assert kept <= 0.26 * without
     assert int(re.findall(r"deltamem_freed_blocks_total (\d+)", demo.stdout)[0]) > 0

@@ -154,6 +154,7 @@ def test_rows_of_running_requests_add_up_to_the_levels(server: Server) -> None:
         for tier in ("hot", "cold"):
             assert sum(row[f"{tier}_bytes"] for row in rows) == pytest.approx(levels["tier_bytes"][tier], abs=2)
         assert sum(row["cold_tokens"] for row in rows) == pytest.approx(levels["cold_tokens"], abs=1)
+        assert sum(levels["tier_bytes"].values()) == levels["resident_bytes"]
         compacted = sum(row["compactions"] > 0 for row in rows)
         assert compacted == levels["compacted_requests"] == engine["requests"]["compacted"]
         pool = engine["pool"]
