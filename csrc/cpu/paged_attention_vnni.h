@@ -45,10 +45,26 @@ inline __m512i four_rows(const uint8_t* p, int64_t row, __mmask16 there) {
   return _mm512_permutexvar_epi8(order, _mm512_inserti64x4(_mm512_castsi256_si512(first), second, 1));
 }
 
+// Memory that is read soon, asked for `each` lines at a time; the last time for a few too many.
+struct Soon {
+  const uint8_t *at, *end;
+  int64_t each;
+
+  // In about `turns` turns.
+  Soon(const uint8_t* from, int64_t bytes, int64_t turns)
+      : at(from), end(from + bytes), each((bytes + 64 * turns - 1) / (64 * turns)) {}
+
+  inline void fetch_some() {
+    if (at >= end) return;
+    for (int64_t n = 0; n < each; ++n) fetch(at + 64 * n);
+    at += 64 * each;
+  }
+};
+
 // sums[r][place] = sum over `count` rows of codes (a multiple of 4) of number(r, i) * code(i, place).
 template <int Bits, int R, bool Part>
 inline void integer_block(const uint8_t* codes, int64_t row_bytes, __mmask16 there, int64_t count, const int8_t* high,
-                          const int8_t* low, int64_t stride, const uint8_t* soon, __m512 (&sums)[R][8 / Bits]) {
+                          const int8_t* low, int64_t stride, Soon& soon, __m512 (&sums)[R][8 / Bits]) {
   constexpr int kPlaces = 8 / Bits;
   const __m512i mask = _mm512_set1_epi8(static_cast<char>((1 << Bits) - 1));
   __m512i above[R][kPlaces], below[R][kPlaces];
@@ -62,9 +78,7 @@ inline void integer_block(const uint8_t* codes, int64_t row_bytes, __mmask16 the
   };
   for (int64_t i = 0; i < count; i += 4) {
     const __m512i packed = four_rows<Part>(codes + i * row_bytes, row_bytes, there);
-    if (soon != nullptr) {
-      for (int64_t at = 0; at < 4 * row_bytes; at += 64) fetch(soon + i * row_bytes + at);
-    }
+    soon.fetch_some();
     for (int j = 0; j < kPlaces; ++j) {
       const __m512i shifted = j == 0 ? packed : _mm512_srli_epi16(packed, Bits * j);
       const __m512i code = Bits == 8 ? packed : _mm512_and_si512(shifted, mask);
@@ -89,19 +103,18 @@ constexpr int kIntegerRows = Bits == 8 ? 8 : Bits == 4 ? 4 : 3;
 // Calls done(row, first code, byte count, sums[R][places]) for all rows and blocks of 16 bytes of a row of codes.
 template <int Bits, class Done>
 inline void integer_rows(const uint8_t* codes, int64_t row_bytes, int64_t count, const Scratch& s, int64_t stride,
-                         int rows, const uint8_t* soon, const Done& done) {
+                         int rows, Soon soon, const Done& done) {
   by_rows<kIntegerRows<Bits>>(rows, [&](int row, auto number) {
     constexpr int R = decltype(number)::value;
     const int8_t *high = s.high + row * stride, *low = s.low + row * stride;
     for (int64_t i = 0; i < row_bytes; i += 16) {
       const int bytes = static_cast<int>(row_bytes - i < 16 ? row_bytes - i : 16);
       const auto there = static_cast<__mmask16>((1u << bytes) - 1);
-      const uint8_t* ahead = row == 0 && i == 0 ? soon : nullptr;
       __m512 sums[R][8 / Bits];
       if (bytes == 16) {
-        integer_block<Bits, R, false>(codes + i, row_bytes, there, count, high, low, stride, ahead, sums);
+        integer_block<Bits, R, false>(codes + i, row_bytes, there, count, high, low, stride, soon, sums);
       } else {
-        integer_block<Bits, R, true>(codes + i, row_bytes, there, count, high, low, stride, ahead, sums);
+        integer_block<Bits, R, true>(codes + i, row_bytes, there, count, high, low, stride, soon, sums);
       }
       for (int r = 0; r < R; ++r) {
         for (int j = 0; j < 8 / Bits; ++j) done(row + r, j * row_bytes + i, there, sums[r][j]);
@@ -128,7 +141,8 @@ inline void integer_cold_scores(const AttentionCall& call, Scratch& s, const Col
     const __m512 score = _mm512_fmadd_ps(sum, _mm512_set1_ps(s.factor[row]), _mm512_set1_ps(s.constant[row]));
     _mm512_mask_storeu_ps(s.scores + row * s.stride + token, there, score);
   };
-  integer_rows<Bits>(page.key_codes, page.key_row, dim, s, dim, rows, page.value_codes, write);
+  integer_rows<Bits>(page.key_codes, page.key_row, dim, s, dim, rows,
+                     Soon(page.value_codes, page.tokens * page.value_row, dim / 4), write);
 }
 
 template <int Bits>
@@ -153,7 +167,8 @@ inline void integer_cold_values(const AttentionCall& call, Scratch& s, const Col
   };
   // Tokens of a page are a multiple of 4 at most, so that rows past the last token exist; their weights are 0.
   const int64_t tokens = (page.tokens + 3) / 4 * 4;
-  integer_rows<Bits>(page.value_codes, page.value_row, tokens, s, s.stride, rows, page.next, add);
+  integer_rows<Bits>(page.value_codes, page.value_row, tokens, s, s.stride, rows,
+                     Soon(page.next, page.bytes - page.tokens * page.value_row, tokens / 4), add);
 }
 
 }  // namespace
