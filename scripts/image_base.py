@@ -22,18 +22,23 @@ class StepFailed(RuntimeError):
 def base_python(image: str, folder: Path) -> Path:
     """The folder of a program `python` that stands for the base image `image`, `python:3.11...`.
 
-    It is this machine's own, or a copy of it below `folder` without what was installed into it.
+    It is this machine's own, by a link below `folder` where it has another name, or a copy of it there without what was
+    installed into it.
     """
     match = re.match(r"python:(\d+\.\d+)", image)
     version = f"{sys.version_info[0]}.{sys.version_info[1]}"
     if match is None or match[1] != version:
         raise StepFailed(f"base image {image} is no python:{version}, which this runs with; run it with the same")
     prefix = Path(sys.base_prefix)
-    if str(prefix) in SYSTEM_PREFIXES:
-        if not (prefix / "bin" / "python").exists():
-            raise StepFailed(f"{prefix / 'bin'} has no program `python`, as the base image has; add a link to python3")
-        return prefix / "bin"
     own = folder / "python"
+    if str(prefix) in SYSTEM_PREFIXES:
+        if (prefix / "bin" / "python").exists():
+            return prefix / "bin"
+        # Debian's own is called python3 only.
+        (own / "bin").mkdir(parents=True, exist_ok=True)
+        (own / "bin" / "python").unlink(missing_ok=True)
+        (own / "bin" / "python").symlink_to(prefix / "bin" / f"python{version}")
+        return own / "bin"
     if not own.exists():
         library = f"lib/python{version}"
         installed = shutil.ignore_patterns("site-packages", "test", "__pycache__")
