@@ -154,6 +154,23 @@ def test_another_python_is_no_stand_in(built: Callable[..., Any]) -> None:
         built("FROM python:2.7-slim AS only\n")
 
 
+@pytest.mark.parametrize("also", [True, False])
+def test_the_systems_own_python_may_be_called_python3_only(
+    also: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    base = script("image_base")
+    system, folder = tmp_path / "usr", tmp_path / "image"
+    (system / "bin").mkdir(parents=True)
+    for name in (f"python{PYTHON}", "python")[: 1 + also]:
+        (system / "bin" / name).symlink_to(sys.executable)
+    monkeypatch.setattr(base, "SYSTEM_PREFIXES", (str(system),))
+    monkeypatch.setattr(sys, "base_prefix", str(system))
+    for _ in range(2):  # a second time it is there already
+        found = base.base_python(f"python:{PYTHON}-slim", folder)
+        assert found == (system if also else folder / "python") / "bin"
+        assert (found / "python").resolve() == Path(sys.executable).resolve()
+
+
 def test_the_commands_see_no_environment_of_this_process(
     built: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
