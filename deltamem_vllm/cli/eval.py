@@ -33,6 +33,9 @@ def evaluate(
     policies: Annotated[
         str | None, typer.Option(help="Only these policies of the grid, or scorers, as tova,mine.")
     ] = None,
+    budgets: Annotated[
+        str | None, typer.Option(help="Only these shares of the full cache's bytes, as 0.5,0.1.")
+    ] = None,
     workers: Annotated[
         int | None, typer.Option(min=1, help="Engines side by side; one for each core of a CPU, one on a GPU.")
     ] = None,
@@ -88,6 +91,7 @@ def evaluate(
             lengths=_numbers(lengths),
             tasks=_words(tasks),
             policies=_words(policies),
+            budgets=_shares(budgets),
         )
         models = {one: resolve_model(one) for one in model or ["smollm2"]}
     except (GridError, ModelError) as error:
@@ -191,6 +195,16 @@ def _numbers(given: str | None) -> list[int] | None:
     if bad:
         raise typer.BadParameter(f"expected whole numbers separated by commas, got {bad[0]!r}", param_hint="--lengths")
     return [int(word) for word in words]
+
+
+def _shares(given: str | None) -> list[float] | None:
+    words = _words(given)
+    try:
+        return None if words is None else [float(word) for word in words]
+    except ValueError as error:
+        raise typer.BadParameter(
+            f"expected shares between 0 and 1 separated by commas, got {given!r}", param_hint="--budgets"
+        ) from error
 
 
 def _list(grids: dict[str, Path]) -> None:

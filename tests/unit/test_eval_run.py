@@ -121,6 +121,10 @@ def test_grids_are_found_read_and_narrowed(tmp_path: Path) -> None:
     assert (small.lengths, small.tasks) == ({512: 3}, ("facts",))
     assert [policy.name for policy in small.policies] == ["snapkv", "streaming", "random"]
     assert narrowed(grid(), samples=None, lengths=None, tasks=None, policies=None) == grid()
+    half = narrowed(grid(), samples=None, lengths=None, tasks=None, policies=None, budgets=[0.5])
+    assert half.budgets == (0.5,)
+    with pytest.raises(GridError, match=r"as changed on the command line: budgets\.0: .*less than 1"):
+        narrowed(grid(), samples=None, lengths=None, tasks=None, policies=None, budgets=[1.5])
 
 
 def test_policies_named_on_the_command_line_are_the_grids_own_or_scorers() -> None:

@@ -235,6 +235,7 @@ def narrowed(
     lengths: list[int] | None,
     tasks: list[str] | None,
     policies: list[str] | None,
+    budgets: list[float] | None = None,
 ) -> Grid:
     """A grid with parts of it replaced from the command line; None leaves a part as it is.
 
@@ -252,4 +253,6 @@ def narrowed(
         own = {policy.name: policy.model_dump() for policy in grid.policies}
         document["policies"] = [own.get(name, name) for name in policies]
         document["pairs"] = [pair for pair in grid.pairs if set(pair) <= set(policies)]
+    if budgets is not None:
+        document["budgets"] = budgets
     return parse_grid(document, f"grid {grid.name}, as changed on the command line")
