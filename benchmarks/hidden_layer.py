@@ -36,7 +36,7 @@ class HiddenLayer:
         """Remember some entries of a text."""
         chosen = torch.randperm(len(text.watched), generator=self._draw)[: self._entries]
         self._inputs.append(torch.stack([rows[:, chosen] for rows in _features(text)]))
-        self._targets.append(target_of(text.peaks)[:, :, chosen].float())
+        self._targets.append(target_of(text.worth)[:, :, chosen].float())
 
     def fit(self, linear: Tensor, steps: int = 2000, batch: int = 256, rate: float = 2e-3, decay: float = 0.1) -> None:
         """Learn what the linear map [layers, kv heads, features] leaves over (AdamW, its rate falling to 0)."""

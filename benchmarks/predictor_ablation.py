@@ -1,10 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 # SPDX-FileCopyrightText: Copyright contributors to the deltamem project
-"""What the predictor's parts are worth: calibrations with another target, fewer texts or fewer features.
+"""What the predictor's parts are worth: calibrations with another target, without the values' reach, of fewer texts or
+with fewer features.
 
 One pass over the calibration's texts makes all of them, each a folder that a server can be given, and says how well
 each predicts texts that it has not seen: the share of the target's variance that is explained, in all and within
-heads; the rank correlation within heads; and the share of all attention that stays when a tenth of all entries is kept
+heads; the rank correlation within heads; and the share of all worth that stays when a tenth of all entries is kept
 by it. Lines with different targets do not compare: each is measured on its own. What they keep of a model's answers,
 `deltamem eval ablation` measures afterwards. The line `hidden` has a hidden layer of 32 units beside the linear map; no
 server can be given that.
@@ -35,11 +36,16 @@ from deltamem_vllm.calibration.options import TARGETS, Options
 from deltamem_vllm.calibration.predictor import PredictorFit, learn
 from deltamem_vllm.calibration.profile import rank_profile
 from deltamem_vllm.calibration.prompt import prompt_of
+from deltamem_vllm.calibration.recipe import RECIPE, Recipe
 from deltamem_vllm.calibration.targets import BOTH, observe
 from deltamem_vllm.scoring.features import feature_widths
 
 TEXTS = (1, 2, 4, 8)
 HIDDEN = "hidden"
+NO_REACH = "no-reach"
+# What is learned from, by name: a target, and how what was observed counts.
+SOURCES: dict[str, tuple[str, Recipe]] = {target: (target, RECIPE) for target in TARGETS}
+SOURCES[NO_REACH] = (BOTH, Recipe(reach=False))
 # Of `scoring.features`: the constant, the key, the lengths of its rotary pairs, the value, and four single numbers.
 PARTS = {"keys": (1,), "pairs": (2,), "values": (3,), "norms": (4, 5, 6, 7)}
 WITHOUT = {
@@ -53,10 +59,11 @@ WITHOUT = {
 
 @dataclass(frozen=True)
 class Variant:
-    """One calibration: ``weights`` [layers, kv heads, features] and ``profile`` [layers, kv heads, quantiles]."""
+    """One calibration: ``weights`` [layers, kv heads, features] and ``profile`` [layers, kv heads, quantiles], learned
+    from ``source``, one of `SOURCES`."""
 
     name: str
-    target: str
+    source: str
     weights: Tensor
     profile: Tensor
 
@@ -71,20 +78,22 @@ def main() -> None:
     recorder.register()
     network, prompt = load_network(folder), prompt_of(tokenizer)
 
-    fits = {target: PredictorFit() for target in TARGETS}
+    fits = {source: PredictorFit() for source in SOURCES}
     hidden = HiddenLayer()
-    profiles: dict[str, list[Tensor]] = {target: [] for target in TARGETS}
+    profiles: dict[str, list[Tensor]] = {source: [] for source in SOURCES}
     variants = []
     for count, sample in enumerate(draw(tokenizer, options.samples, options.tokens, options.kinds, options.seed), 1):
         seen = observe(network, tokenizer, recorder, prompt, sample)
-        for target, fit in fits.items():
-            learn(fit, seen.entries(target))
-            profiles[target].append(rank_profile(seen.peaks[target]))
+        for source, fit in fits.items():
+            entries = seen.entries(*SOURCES[source])
+            learn(fit, entries)
+            profiles[source].append(rank_profile(entries.worth))
         hidden.add(seen.entries(BOTH))
         if count in TEXTS:
             variants.append(variant(f"texts-{count}", BOTH, fits, profiles))
         print(f"text {count} of {options.samples}", flush=True)
-    variants = [variant(f"target-{target}", target, fits, profiles) for target in TARGETS] + variants
+    targets = [variant(f"target-{target}", target, fits, profiles) for target in TARGETS]
+    variants = [*targets, variant(NO_REACH, NO_REACH, fits, profiles), *variants]
     whole = variants[list(TARGETS).index(BOTH)]
     dims = geometry.head_dim
     for name, parts in WITHOUT.items():
@@ -103,14 +112,14 @@ def main() -> None:
     for sample in draw_held_out(tokenizer, options.tokens, options.kinds, options.seed):
         seen = observe(network, tokenizer, recorder, prompt, sample)
         for one in variants:
-            found[one.name].append(held_out_metrics(one.weights, one.profile, seen.entries(one.target)))
+            found[one.name].append(held_out_metrics(one.weights, one.profile, seen.entries(*SOURCES[one.source])))
         text = seen.entries(BOTH)
         found[HIDDEN].append(prediction_metrics(hidden.predict(text), whole.profile, text))
         print(f"held out: {sample.kind}", flush=True)
-    out.add("| calibration | target | R2 | R2 within heads | Spearman | attention kept at 10% | oracle | random |")
+    out.add("| calibration | target | R2 | R2 within heads | Spearman | worth kept at 10% | oracle | random |")
     out.add("| --- | --- | ---: | ---: | ---: | ---: | ---: | ---: |")
-    for name, target in [(one.name, one.target) for one in variants] + [(HIDDEN, BOTH)]:
-        mean = mean_metrics(found[name])
+    for name, source in [(one.name, one.source) for one in variants] + [(HIDDEN, BOTH)]:
+        mean, (target, _) = mean_metrics(found[name]), SOURCES[source]
         kept = mean["kept"]["0.1"]
         out.add(
             f"| {name} | {target} | {mean['r2']:.3f} | {mean['r2_within_heads']:.3f} | {mean['spearman']:.3f} "
@@ -119,9 +128,9 @@ def main() -> None:
     out.close()
 
 
-def variant(name: str, target: str, fits: Mapping[str, PredictorFit], profiles: Mapping[str, list[Tensor]]) -> Variant:
+def variant(name: str, source: str, fits: Mapping[str, PredictorFit], profiles: Mapping[str, list[Tensor]]) -> Variant:
     """What was learned so far."""
-    return Variant(name, target, fits[target].solve(), torch.stack(profiles[target]).mean(0))
+    return Variant(name, source, fits[source].solve(), torch.stack(profiles[source]).mean(0))
 
 
 def solve_without(sums: Mapping[str, Tensor], layers: int, widths: tuple[int, ...], parts: tuple[str, ...]) -> Tensor:

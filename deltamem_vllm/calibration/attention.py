@@ -31,9 +31,15 @@ class Recorder:
 
     The weight of an entry is its softmax share among everything the query sees. The maximum is over all
     queries since `start` and over the query heads that share the entry's kv head.
+
+    Attributes
+    ----------
+    modules : dict of int to Module
+        The attention of each layer, since it was recorded for the first time.
     """
 
     def __init__(self) -> None:
+        self.modules: dict[int, torch.nn.Module] = {}
         self._peaks: dict[int, Tensor] = {}
         self._entries: range | None = None
 
@@ -90,6 +96,7 @@ class Recorder:
         layer = module.layer_idx
         assert isinstance(layer, int)
         out, peak = attend_and_peak(query[0], key[0], value[0], scale, self._entries)
+        self.modules[layer] = module
         before = self._peaks.get(layer)
         self._peaks[layer] = peak if before is None else torch.maximum(before, peak)
         return out.transpose(0, 1).unsqueeze(0).contiguous(), None

@@ -84,9 +84,10 @@ class Course:
         for sample in samples[len(done.learned) :]:
             began = time.monotonic()
             seen = self._seen(sample)
-            learn(self._fit, seen.entries(self._target))
+            entries = seen.entries(self._target)
+            learn(self._fit, entries)
             done.sums = self._fit.sums()
-            done.profiles.append(rank_profile(seen.peaks[self._target]))
+            done.profiles.append(rank_profile(entries.worth))
             done.learned.append(_told(sample, seen))
             self._after(began, sample, seen, total)
         learned = Learned(self._fit.solve(), torch.stack(done.profiles))

@@ -33,7 +33,7 @@ def held_out_metrics(weights: Tensor, profile: Tensor, text: Entries) -> dict[st
     dict
         `r2`: share of the target's variance that is explained, over all entries of all heads. `r2_within_heads`: the
         same with each head's variance about its own mean. `spearman`: rank correlation within a head, mean over
-        the heads whose entries differ. `kept`: by keep ratio, the share of all attention maxima that stays when
+        the heads whose entries differ. `kept`: by keep ratio, the share of all worth that stays when
         entries of all heads are ranked together by the prediction (`predictor`) and by what came out (`oracle`), and
         when each head keeps the share that the profile gives it, but of random entries (`random`).
     """
@@ -42,17 +42,17 @@ def held_out_metrics(weights: Tensor, profile: Tensor, text: Entries) -> dict[st
 
 def prediction_metrics(expected: Tensor, profile: Tensor, text: Entries) -> dict[str, Any]:
     """What `held_out_metrics` returns, for a prediction that was made: ``expected`` [layers, kv heads, watched]."""
-    expected, target, peaks = expected.double(), target_of(text.peaks), text.peaks.double()
+    expected, target, worth = expected.double(), target_of(text.worth), text.worth.double()
     left = (target - expected).square().sum()
     within = (target - target.mean(-1, keepdim=True)).square().sum()
     kept = {}
     for ratio in KEEP_RATIOS:
-        count = round(ratio * peaks.numel())
-        total = peaks.sum()
+        count = round(ratio * worth.numel())
+        total = worth.sum()
         chosen = {
-            "predictor": peaks.flatten()[expected.flatten().topk(count).indices].sum() / total,
-            "oracle": peaks.flatten().topk(count).values.sum() / total,
-            "random": (peaks.sum(-1) * shares(profile, ratio)).sum() / total,
+            "predictor": worth.flatten()[expected.flatten().topk(count).indices].sum() / total,
+            "oracle": worth.flatten().topk(count).values.sum() / total,
+            "random": (worth.sum(-1) * shares(profile, ratio)).sum() / total,
         }
         kept[f"{ratio:g}"] = {name: _rounded(share) for name, share in chosen.items()}
     return {

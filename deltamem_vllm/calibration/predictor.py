@@ -2,9 +2,9 @@
 # SPDX-FileCopyrightText: Copyright contributors to the deltamem project
 """Fits the predictor: a linear map per (layer, kv head) from an entry's key and value to what the entry will be worth.
 
-What it is worth is the most attention it got while its text was used, on a logarithmic scale: attention spans many
-orders of magnitude, and only its order and its ratios matter. Ridge regression in closed form: sums over all texts, one
-system of equations per head, nothing drawn at random.
+What it is worth is the most attention it got while its text was used, times how far its value reaches, on a
+logarithmic scale: it spans many orders of magnitude, and only its order and its ratios matter. Ridge regression in
+closed form: sums over all texts, one system of equations per head, nothing drawn at random.
 """
 
 from __future__ import annotations
@@ -18,9 +18,9 @@ from torch import Tensor
 from deltamem_vllm.calibration.recipe import RECIPE, Recipe
 
 
-def target_of(peaks: Tensor, recipe: Recipe = RECIPE) -> Tensor:
-    """What is predicted of entries with these maximum attention weights: their logarithm, float64, same shape."""
-    return torch.log(peaks.double() + recipe.log_floor)
+def target_of(worth: Tensor, recipe: Recipe = RECIPE) -> Tensor:
+    """What is predicted of entries that are worth this: the logarithm, float64, same shape."""
+    return torch.log(worth.double() + recipe.log_floor)
 
 
 class PredictorFit:
@@ -39,7 +39,7 @@ class PredictorFit:
         self._products: dict[int, Tensor] = {}
         self._moments: dict[int, Tensor] = {}
 
-    def add(self, layer: int, keys: Tensor, values: Tensor, peaks: Tensor, entries: range) -> None:
+    def add(self, layer: int, keys: Tensor, values: Tensor, worth: Tensor, entries: range) -> None:
         """Learn from one layer of one text.
 
         Parameters
@@ -48,13 +48,13 @@ class PredictorFit:
             Its index.
         keys, values : Tensor
             [kv heads, n, D] and [kv heads, n, D_v], any floating point, RoPE applied: all that was in the cache.
-        peaks : Tensor
-            [kv heads, len(entries)], the most attention each of `entries` got.
+        worth : Tensor
+            [kv heads, len(entries)], of each of `entries`.
         entries : range
             Which of the n to learn from, step 1.
         """
         phi = _features(keys, values, entries, self._recipe).double()
-        target = target_of(peaks, self._recipe).to(phi.device)
+        target = target_of(worth, self._recipe).to(phi.device)
         products, moments = (phi.mT @ phi).cpu(), (phi.mT @ target.unsqueeze(2)).squeeze(2).cpu()
         if layer in self._products:
             products += self._products[layer]
@@ -88,28 +88,28 @@ class PredictorFit:
 
 @dataclass(frozen=True)
 class Entries:
-    """What one text left in the cache, and which of it was looked at how much.
+    """What one text left in the cache, and what of it was worth how much.
 
     Attributes
     ----------
     keys, values : sequence of Tensor
         By layer, [kv heads, n, D] and [kv heads, n, D_v].
-    peaks : Tensor
-        [layers, kv heads, len(watched)] float32.
+    worth : Tensor
+        [layers, kv heads, len(watched)] float32: the most attention an entry got, times how far its value reaches.
     watched : range
-        The entries that `peaks` is of.
+        The entries that `worth` is of.
     """
 
     keys: Sequence[Tensor]
     values: Sequence[Tensor]
-    peaks: Tensor
+    worth: Tensor
     watched: range
 
 
 def learn(fit: PredictorFit, text: Entries) -> None:
     """Take in all layers of a text."""
     for layer, (keys, values) in enumerate(zip(text.keys, text.values, strict=True)):
-        fit.add(layer, keys, values, text.peaks[layer], text.watched)
+        fit.add(layer, keys, values, text.worth[layer], text.watched)
 
 
 def predict(weights: Tensor, text: Entries, recipe: Recipe = RECIPE) -> Tensor:

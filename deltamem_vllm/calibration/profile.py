@@ -11,12 +11,12 @@ QUANTILES = 128
 KEEP_RATIOS = (0.5, 0.25, 0.1, 0.05)
 
 
-def rank_profile(peaks: Tensor, quantiles: int = QUANTILES) -> Tensor:
+def rank_profile(worth: Tensor, quantiles: int = QUANTILES) -> Tensor:
     """Utility of an entry by its rank: sort each pair's entries, descending, and average them in equal bins.
 
     Parameters
     ----------
-    peaks : Tensor
+    worth : Tensor
         [layers, kv heads, entries] float32, the utility of each entry of one text.
     quantiles : int
         Bins. A bin border inside an entry splits it, so that any number of entries will do.
@@ -27,8 +27,8 @@ def rank_profile(peaks: Tensor, quantiles: int = QUANTILES) -> Tensor:
         [layers, kv heads, quantiles] float32, non-increasing; bin i is about rank quantile (i + 0.5) / quantiles.
         Its mean is that of the entries.
     """
-    count = peaks.shape[-1]
-    ranked = peaks.double().sort(-1, descending=True).values
+    count = worth.shape[-1]
+    ranked = worth.double().sort(-1, descending=True).values
     total = torch.cat([torch.zeros_like(ranked[..., :1]), ranked.cumsum(-1)], -1)
     border = torch.arange(quantiles + 1, dtype=torch.float64) * count / quantiles
     whole = border.long().clamp(max=count - 1)

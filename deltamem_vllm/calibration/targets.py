@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 # SPDX-FileCopyrightText: Copyright contributors to the deltamem project
-"""What an entry is worth: the most attention it gets while its text is repeated, or used, or the mean of both.
+"""What an entry is worth: the most attention it gets while its text is repeated, or used, or the mean of both, times
+how far its value reaches.
 
 Repetition needs every token of a text once, use needs few of them and needs those badly. Their geometric mean rates
-entries by both; docs/results/predictor.md has what each target was measured to keep.
+entries by both; docs/results/predictor.md has what each target was measured to keep, and what the reach is worth.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from deltamem_vllm.calibration.corpus import TokenSample
 from deltamem_vllm.calibration.options import TARGETS
 from deltamem_vllm.calibration.predictor import Entries
 from deltamem_vllm.calibration.prompt import Prompt
+from deltamem_vllm.calibration.reach import reach_of
 from deltamem_vllm.calibration.reading import Reading
 from deltamem_vllm.calibration.recipe import RECIPE, Recipe
 from deltamem_vllm.calibration.repeat import longest_repetition, repeat
@@ -39,6 +41,8 @@ class Observed:
         Which of the n were watched: those of the text.
     peaks : dict of Tensor
         By target, [layers, kv heads, watched] float32 on the CPU: the largest share of a query's attention.
+    reach : Tensor
+        [layers, kv heads, watched] float32 on the CPU: how far each value reaches, see `reach.reach_of`.
     repeated : float or None
         Share of the repeated tokens that the model itself would have written; None if it did not repeat.
     answered : float or None
@@ -49,12 +53,14 @@ class Observed:
     values: list[Tensor]
     watched: range
     peaks: dict[str, Tensor]
+    reach: Tensor
     repeated: float | None
     answered: float | None
 
-    def entries(self, target: str) -> Entries:
+    def entries(self, target: str, recipe: Recipe = RECIPE) -> Entries:
         """What there is to learn for a target that was observed."""
-        return Entries(self.keys, self.values, self.peaks[target], self.watched)
+        peaks = self.peaks[target]
+        return Entries(self.keys, self.values, peaks * self.reach if recipe.reach else peaks, self.watched)
 
 
 def observe(
@@ -88,7 +94,8 @@ def observe(
         peaks[ANSWERS] = found.peaks
     if target == BOTH:
         peaks[BOTH] = geometric_mean(peaks[REPEAT], peaks[ANSWERS])
-    return Observed(reading.keys, reading.values, reading.watched, peaks, repeated, answered)
+    reach = reach_of(recorder.modules, reading.values, reading.watched)
+    return Observed(reading.keys, reading.values, reading.watched, peaks, reach, repeated, answered)
 
 
 def geometric_mean(first: Tensor, second: Tensor, recipe: Recipe = RECIPE) -> Tensor:

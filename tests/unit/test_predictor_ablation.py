@@ -74,7 +74,7 @@ def test_a_hidden_layer_learns_what_is_not_linear(monkeypatch: pytest.MonkeyPatc
     linear = fit.solve()
     hidden.fit(linear, steps=600, rate=1e-2)
     unseen = text()
-    target = target_of(unseen.peaks)
+    target = target_of(unseen.worth)
 
     def explained(prediction: torch.Tensor) -> float:
         left = (target - prediction.double()).square().sum((1, 2))

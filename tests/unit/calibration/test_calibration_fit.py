@@ -61,7 +61,7 @@ def by_least_squares(texts: list[Entries], layer: int, head: int) -> Tensor:
     for text in texts:
         phi = torch.cat(feature_parts(text.keys[layer], text.values[layer]), -1)[head]
         rows.append(phi[text.watched.start : text.watched.stop].double())
-        targets.append((text.peaks[layer, head].double() + 1e-3).log())
+        targets.append((text.worth[layer, head].double() + 1e-3).log())
     x, y = torch.cat(rows), torch.cat(targets)
     damping = (1e-4 * x.square().sum(0).mean()).sqrt() * torch.eye(x.shape[1], dtype=x.dtype)
     bottom = torch.zeros(x.shape[1], 1, dtype=x.dtype)
@@ -107,7 +107,7 @@ def test_features_scale_and_ridge_are_the_recipes() -> None:
     weights = fit.solve()
     assert weights.shape == (3, 2, 2)
     x = torch.cat(norms(text.keys[1], text.values[1]), -1)[0, text.watched.start : text.watched.stop].double()
-    y = (text.peaks[1, 0].double() + 0.1).log()
+    y = (text.worth[1, 0].double() + 0.1).log()
     damping = 0.5 * x.square().sum(0).mean() * torch.eye(2)
     torch.testing.assert_close(
         weights[1, 0].double(), torch.linalg.solve(x.T @ x + damping, x.T @ y), rtol=1e-5, atol=0
@@ -156,7 +156,7 @@ def test_metrics_of_a_text_not_seen() -> None:
     for seed in range(8):
         learn(fit, text_of(seed))
     text = text_of(100)
-    profile = rank_profile(text.peaks)
+    profile = rank_profile(text.worth)
     found = held_out_metrics(fit.solve(), profile, text)
     assert found["r2"] > 0.9 and found["r2_within_heads"] > 0.9 and found["spearman"] > 0.9
     for ratio, kept in found["kept"].items():

@@ -137,7 +137,7 @@ def test_a_text_can_be_put_to_many_uses(tiny: Tiny) -> None:
             assert one.shape[1] == both.watched.stop
             assert torch.equal(one, other)
     # What is learned of both is the mean of what is learned of either.
-    targets = {name: target_of(both.entries(name).peaks) for name in both.peaks}
+    targets = {name: target_of(both.peaks[name]) for name in both.peaks}
     mean = (targets["repeat"] + targets["answers"]) / 2
     torch.testing.assert_close(targets["both"], mean, rtol=0, atol=1e-3)
     for target in ("answers", "repeat"):
