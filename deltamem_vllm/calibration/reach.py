@@ -92,9 +92,9 @@ def _projection(module: torch.nn.Module, width: int, like: Tensor) -> Tensor:
 
 def _weight(projection: torch.nn.Module, like: Tensor) -> Tensor:
     """[hidden, in] float32."""
-    if type(projection) is torch.nn.Linear:
+    if type(projection) is torch.nn.Linear and not projection.weight.is_meta:
         return projection.weight.detach().float()
-    # Quantised, or kept the other way round: what it makes of the unit vectors says the same.
+    # Quantised, kept the other way round, or loaded when it is used: what it makes of the unit vectors says the same.
     width = getattr(projection, "in_features", None) or cast(Tensor, projection.weight).shape[0]
     units = torch.eye(width, dtype=like.dtype, device=like.device)
     made: Tensor = projection(units) - projection(torch.zeros_like(units[:1]))

@@ -12,16 +12,18 @@ from deltamem_vllm.scoring.features import feature_parts, feature_widths
 
 
 class PredictorScorer(Scorer):
-    """The attention that an entry will receive, by a linear map that each kv head has of its own.
+    """What an entry will be worth, by a linear map that each kv head has of its own.
 
     ``exp(w . phi)``: the largest share of a query's attention that an entry is expected to get when its text is looked
-    up, with ``w`` of `deltamem calibrate` (`deltamem_vllm.calibration.predictor`) and ``phi`` of
-    `deltamem_vllm.scoring.features`. One unit for all heads and layers, so scores compare.
+    up, times how far its value reaches, with ``w`` of `deltamem calibrate` (`deltamem_vllm.calibration.predictor`) and
+    ``phi`` of `deltamem_vllm.scoring.features`. One unit for all heads and layers, so scores compare.
     """
 
     name = "predictor"
-    summary = "attention to come, as the model's calibration predicts it from keys and values; compares across heads"
-    source = "deltamem; the attention it learns to predict is that of KVzip, arXiv 2505.23416"
+    summary = "attention to come and what it will move, as the model's calibration predicts; compares across heads"
+    source = (
+        "deltamem; learns KVzip's attention, arXiv 2505.23416, times the reach of values, arXiv 2502.03805"
+    )
     comparable = True
     lasting = True
     learned = "predictor"

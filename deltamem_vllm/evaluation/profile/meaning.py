@@ -49,7 +49,7 @@ _MEANINGS = {
         "It is measured in the head's own output, whose size differs between heads and layers.",
     ),
     "predictor": Meaning(
-        "attention to come, as the model's calibration predicts it",
+        "attention to come and what it will move, as the model's calibration predicts",
         "yes",
         "Every head's prediction is of the same thing: the largest share of a query's attention.",
     ),

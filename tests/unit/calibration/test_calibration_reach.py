@@ -61,6 +61,14 @@ class Backwards(Module):
         return 3.0 * (read @ self.weight) + 1.0
 
 
+def offloaded(width: int, hidden: int) -> Linear:
+    """A projection whose weight is elsewhere until it is used."""
+    weight = torch.randn(hidden, width)
+    projection = Linear(width, hidden, device="meta")
+    projection.forward = lambda read: read @ weight.T  # type: ignore[method-assign]
+    return projection
+
+
 def values_of(layers: int) -> list[Tensor]:
     generator = torch.Generator().manual_seed(layers)
     return list(torch.randn(layers, HEADS, COUNT, DIM, generator=generator))
@@ -92,7 +100,7 @@ def test_a_value_reaches_as_far_as_the_models_own_projection_takes_it(tiny: Tiny
 
 
 @pytest.mark.parametrize("name", ["o_proj", "out_proj", "dense", "c_proj", "wo"])
-@pytest.mark.parametrize("form", [Linear, Backwards])
+@pytest.mark.parametrize("form", [Linear, Backwards, offloaded])
 def test_every_form_of_projection_counts(name: str, form: Callable[[int, int], Module]) -> None:
     torch.manual_seed(0)
     query_heads, entries = 3 * HEADS, range(4, COUNT)
