@@ -89,7 +89,7 @@ def _held_out(metrics: dict[str, Any]) -> Table:
     from rich.table import Table
 
     mean = metrics["predictor_held_out"]
-    caption = "texts held out; % of the attention that stays by the predictor, by the attention itself, at random"
+    caption = "texts held out; % of the worth that stays by the predictor, by the worth itself, at random"
     ratios = [f"kept in {float(ratio):.0%}" for ratio in mean["kept"]]
     table = Table("text", "R2", "in a head", "Spearman", *ratios, box=None, caption=caption)
     for name, row in (*metrics["predictor_held_out_by_family"].items(), ("mean", mean)):

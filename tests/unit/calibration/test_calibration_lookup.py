@@ -16,6 +16,7 @@ from deltamem_vllm.calibration.artifact import SHIPPED, TENSORS, find, load, sav
 from deltamem_vllm.calibration.errors import CalibrationError
 from deltamem_vllm.calibration.fingerprint import fingerprint
 from deltamem_vllm.calibration.profile import shares
+from deltamem_vllm.calibration.recipe import RECIPE
 from tests.support.calibration_models import made_for
 
 
@@ -79,6 +80,8 @@ def test_shipped_calibration_belongs_to_the_embedded_model(smollm2_path: str) ->
     assert shipped.card.fingerprint == fingerprint(Path(smollm2_path))
     assert shipped.rank_utility.shape == (30, 3, 128)
     assert place in artifact.places(Path(smollm2_path), shipped.card.fingerprint)
+    # Made as calibrations are made now.
+    assert shipped.card.details["recipe"] == RECIPE.identity()
     # Nothing in it is of the machine it was made on.
     assert "/" not in shipped.card.model
     assert shipped.card.details["metrics"]["repeat_accuracy"] > 0.8
