@@ -21,9 +21,7 @@ class PredictorScorer(Scorer):
 
     name = "predictor"
     summary = "attention to come and what it will move, as the model's calibration predicts; compares across heads"
-    source = (
-        "deltamem; learns KVzip's attention, arXiv 2505.23416, times the reach of values, arXiv 2502.03805"
-    )
+    source = "deltamem; learns KVzip's attention, arXiv 2505.23416, times the reach of values, arXiv 2502.03805"
     comparable = True
     lasting = True
     learned = "predictor"
