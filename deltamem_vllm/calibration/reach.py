@@ -3,8 +3,8 @@
 """How far an entry's value reaches: the length of what it adds to the residual stream, per unit of attention.
 
 Attention says how much of a value is read, the output projection what becomes of it. A value that the projection makes
-small costs little when it is gone, however much it was looked at: CriticalKV, arXiv 2502.03805, and KVzip's later
-version weight attention by this length, too.
+small costs little when it is gone, however much it was looked at: CriticalKV, arXiv 2502.03805, and KVzip+, arXiv
+2601.07891, weight attention by this length, too.
 """
 
 from __future__ import annotations
