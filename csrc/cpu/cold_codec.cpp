@@ -59,10 +59,13 @@ class TokensOut {
   int64_t bytes_;
 };
 
-// How often a kernel asks for more of the next page, about.
-int64_t turns(const ColdFormat& format, int64_t count, bool by_channel) {
-  return count + (by_channel ? format.dim : format.key_row() * format.dim / 64);
+// How often a kernel asks for more of the next page, about: for every row of codes, for some rows whose range it looks
+// for, and for some of the codes that are written channel by channel.
+int64_t encode_turns(const ColdFormat& format, int64_t count, bool by_channel) {
+  const int64_t rows = count + (by_channel ? format.dim : 0);
+  return rows + rows / 4 + (by_channel ? 0 : (format.key_row() / 2 + count / 8) * format.dim / 32);
 }
+int64_t decode_turns(const ColdFormat& format, int64_t count) { return count + format.key_row() * format.dim / 64 + 1; }
 
 }  // namespace
 
@@ -88,7 +91,7 @@ DELTAMEM_API void deltamem_encode_delta(int bits, int64_t dim, int64_t page_byte
     if (p + 1 < pages) {
       const int64_t lines = lines_of(counts[p + 1] * row);
       ahead = Ahead({&next_keys, 1, lines}, {&next_values, 1, lines}, page_of(p + 1), format.end(),
-                    turns(format, counts[p], false));
+                    encode_turns(format, counts[p], false));
     }
     use.encode(format, dtype, {key_rows, value_rows, counts[p], false}, page_of(p), pieces.take<uint8_t>(0), ahead);
   }
@@ -119,7 +122,7 @@ DELTAMEM_API void deltamem_decode_delta(int bits, int64_t dim, int64_t page_byte
       const uint8_t* next = nullptr;
       if (p + 1 < pages) {
         next = page_of(p + 1);
-        ahead = Ahead({&next, 1, lines_of(format.end())}, {}, nullptr, 0, turns(format, counts[p], false) + 1);
+        ahead = Ahead({&next, 1, lines_of(format.end())}, {}, nullptr, 0, decode_turns(format, counts[p]));
       }
       use.decode(format, dtype, page, counts[p], key_out.of(keys + p * part), value_out.of(values + p * part), rest,
                  ahead);
@@ -180,7 +183,7 @@ DELTAMEM_API void deltamem_encode_from(int bits, int64_t dim, int64_t page_bytes
       if (p + 1 < pages) {
         plan(p + 1);
         ahead = Ahead(next.keys, next.values, raw + targets[p + 1] * raw_stride, format.end(),
-                      turns(format, count, by_channel));
+                      encode_turns(format, count, by_channel));
       }
       const ColdTokens tokens{
           keys.read(use, own_page, own_slot, count, channel_row, one.key_places, key_rows, key_memory),

@@ -8,6 +8,9 @@
 struct Ends {
   __m512i low = _mm512_set1_epi16(0x7fff), high = _mm512_set1_epi16(-0x8000);
 
+  INLINE Ends() = default;
+  INLINE explicit Ends(__m512i numbers) : low(bits_as<__m512i>(ordered(bits_as<vs>(numbers)))), high(low) {}
+
   INLINE void see(__m512i numbers) {
     const __m512i x = bits_as<__m512i>(ordered(bits_as<vs>(numbers)));
     low = _mm512_min_epi16(low, x);
@@ -34,12 +37,17 @@ struct ChannelSteps {
   bool plain = true;  // so far: no NaN
 
   // Of channels d to d + n, n <= 32; what stands behind them counts as 0.
-  INLINE ChannelSteps(const uint8_t* const* tokens, int64_t d, int64_t n, int64_t count) {
+  INLINE ChannelSteps(const uint8_t* const* tokens, int64_t d, int64_t n, int64_t count, Ahead& ahead) {
     const __mmask32 there = first_of_32(n);
     if constexpr (sizeof(T) == 2) {
       Ends ends;
       if (n >= 32) {
-        for (int64_t t = 0; t < count; ++t) ends.see(_mm512_loadu_si512(tokens[t] + 2 * d));
+        int64_t t = 0;
+        for (; t + 8 <= count; t += 8) {
+          for (int i = 0; i < 8; ++i) ends.see(_mm512_loadu_si512(tokens[t + i] + 2 * d));
+          ahead.more();
+        }
+        for (; t < count; ++t) ends.see(_mm512_loadu_si512(tokens[t] + 2 * d));
       } else {
         for (int64_t t = 0; t < count; ++t) ends.see(_mm512_maskz_loadu_epi16(there, tokens[t] + 2 * d));
       }
@@ -69,7 +77,7 @@ struct ChannelSteps {
 // Codes of a byte's worth of tokens, two bytes of each channel's row in a number: [(row + 1) / 2, 32].
 template <int Bits, bool Clamp, class T>
 INLINE void codes_by_token(const uint8_t* const* tokens, int64_t d, int64_t n, int64_t count, int64_t row,
-                           const Quantiser& a, const Quantiser& b, uint8_t* pairs, Ahead& ahead) {
+                           const Quantiser a, const Quantiser b, uint8_t* pairs, Ahead& ahead) {
   const __mmask32 there = first_of_32(n);
   const auto codes_of = [&](int64_t t) INLINE_LAMBDA {
     const T* from = numbers<T>(tokens[t]) + d;
@@ -112,13 +120,14 @@ INLINE void store_channels(const uint8_t* from, int64_t chunks, int64_t n, int64
                            const uint8_t* end) {
   if (Chunks > 0) chunks = Chunks;
   int64_t k = 0;
+  const auto chunk = [&](int64_t c) INLINE_LAMBDA {
+    return load_raw<__m128i>(from + uint64_t(k) % 8 * 64 + uint64_t(k) / 8 * 16 + 512 * c);
+  };
   for (; k < n && to + 16 * chunks <= end; ++k, to += row) {
-    const uint8_t* of_channel = from + uint64_t(k) % 8 * 64 + uint64_t(k) / 8 * 16;
-    for (int64_t c = 0; c < chunks; ++c) store_raw(to + 16 * c, load_raw<b16>(of_channel + 512 * c));
+    for (int64_t c = 0; c < chunks; ++c) store_raw(to + 16 * c, chunk(c));
   }
   for (; k < n; ++k, to += row) {
-    const uint8_t* of_channel = from + uint64_t(k) % 8 * 64 + uint64_t(k) / 8 * 16;
-    for (int64_t i = 0; i < row; ++i) to[i] = of_channel[i / 16 * 512 + i % 16];
+    for (int64_t c = 0; c < chunks; ++c) _mm_mask_storeu_epi8(to + 16 * c, first_of_32(row - 16 * c), chunk(c));
   }
 }
 
@@ -133,7 +142,7 @@ void encode_tokens(const ColdFormat& f, const ColdTokens& tokens, uint8_t* page,
   // All steps before the first code: working one out takes long, but several at the same time hardly longer.
   for (int64_t d = 0; d < dim; d += 32) {
     const int64_t n = dim - d < 32 ? dim - d : 32;
-    const ChannelSteps<Bits, T> range(tokens.keys, d, n, tokens.count);
+    const ChannelSteps<Bits, T> range(tokens.keys, d, n, tokens.count, ahead);
     const Step a(range.low.a, range.high.a, kLevels), b(range.low.b, range.high.b, kLevels);
     const __m512i scale = narrow_two<T>({a.scale, b.scale}), zero = narrow_two<T>({a.zero, b.zero});
     uint8_t *scale16 = page + f.key_scale() + 2 * d, *zero16 = page + f.key_zero() + 2 * d;
@@ -161,7 +170,8 @@ void encode_tokens(const ColdFormat& f, const ColdTokens& tokens, uint8_t* page,
       transpose_quarters(rows);
       for (int i = 0; i < 8; ++i) _mm512_storeu_si512(pairs + 512 * c + 64 * i, rows[i]);
     }
-    if (chunks == 2) store_channels<2>(pairs, chunks, n, row, codes + d * row, end);
+    if (chunks == 4) store_channels<4>(pairs, chunks, n, row, codes + d * row, end);
+    else if (chunks == 2) store_channels<2>(pairs, chunks, n, row, codes + d * row, end);
     else store_channels<0>(pairs, chunks, n, row, codes + d * row, end);
   }
 }
@@ -194,14 +204,14 @@ INLINE __m512i folded(const Ends& ends) {
 
 // Of 16 rows of `length` numbers in `Vectors` vectors, some of them twice; of any length if that is 0.
 template <int Vectors>
-INLINE Ends row_ends(const uint8_t* const* rows, int64_t length) {
+INLINE Ends row_ends(const uint8_t* const* rows, int64_t length, Ahead& ahead) {
   __m512i a[16];
   for (int k = 0; k < 16; ++k) {
     const uint8_t* row = rows[k];
     Ends ends;
     if constexpr (Vectors > 0) {
+      ends = Ends(_mm512_loadu_si512(row + 2 * (length - 32)));
       for (int i = 0; i < Vectors - 1; ++i) ends.see(_mm512_loadu_si512(row + 64 * i));
-      ends.see(_mm512_loadu_si512(row + 2 * (length - 32)));
     } else {
       const int64_t whole = length / 32 * 32;
       const __mmask32 rest = first_of_32(length - whole);
@@ -209,24 +219,25 @@ INLINE Ends row_ends(const uint8_t* const* rows, int64_t length) {
       ends.see(_mm512_mask_loadu_epi16(_mm512_set1_epi16(load_raw<int16_t>(row)), rest, row + 2 * whole));
     }
     a[k] = folded(ends);
+    if (k % 4 == 3) ahead.more();
   }
   return ends_of_rows(a);
 }
 
-INLINE Ends row_ends(const uint8_t* const* rows, int64_t length) {
-  if (length == 32) return row_ends<1>(rows, length);
-  if (length > 32 && length <= 64) return row_ends<2>(rows, length);
-  if (length > 64 && length <= 96) return row_ends<3>(rows, length);
-  if (length > 96 && length <= 128) return row_ends<4>(rows, length);
-  return row_ends<0>(rows, length);
+INLINE Ends row_ends(const uint8_t* const* rows, int64_t length, Ahead& ahead) {
+  if (length == 32) return row_ends<1>(rows, length, ahead);
+  if (length > 32 && length <= 64) return row_ends<2>(rows, length, ahead);
+  if (length > 64 && length <= 96) return row_ends<3>(rows, length, ahead);
+  if (length > 96 && length <= 128) return row_ends<4>(rows, length, ahead);
+  return row_ends<0>(rows, length, ahead);
 }
 
 // The ranges of 16 rows of `length` numbers, a lane each; both ends 0 where there is a NaN. Returns whether there is
 // none.
 template <class T>
-INLINE bool row_ranges(const uint8_t* const* rows, int64_t length, vf* low, vf* high) {
+INLINE bool row_ranges(const uint8_t* const* rows, int64_t length, vf* low, vf* high, Ahead& ahead) {
   if constexpr (sizeof(T) == 2) {
-    const Ends ends = row_ends(rows, length);
+    const Ends ends = row_ends(rows, length, ahead);
     const __m256i lows = half_of(ends.low, 0), highs = half_of(ends.high, 0);
     const __mmask16 fine = _mm256_cmple_epi16_mask(highs, _mm256_set1_epi16(T::kInfinity)) &
                            _mm256_cmpge_epi16_mask(lows, _mm256_set1_epi16(int16_t(~T::kInfinity)));
@@ -259,6 +270,16 @@ INLINE void row_codes(const T* from, int64_t present, int64_t row, const Quantis
     return;
   }
   const bool all = present == kParts * row;
+  if (all && row % 32 == 0) {  // without masks
+    for (int64_t i = 0; i < row; i += 32) {
+      __m512i packed = codes_of(load_two(from + i));
+      for (int j = 1; j < kParts; ++j) {
+        packed = _mm512_or_si512(packed, _mm512_slli_epi16(codes_of(load_two(from + i + j * row)), Bits * j));
+      }
+      store_raw(to + i, _mm512_cvtepi16_epi8(packed));
+    }
+    return;
+  }
   for (int64_t i = 0; i < row; i += 32) {
     const __mmask32 there = first_of_32(row - i);
     __m512i packed;
@@ -303,7 +324,7 @@ void encode_rows(const uint8_t* const* rows, int64_t count, int64_t present, int
         these = few;
       }
       vf low, high;
-      const bool no_nan = row_ranges<T>(these, present, &low, &high);
+      const bool no_nan = row_ranges<T>(these, present, &low, &high, ahead);
       const Step steps(low, high, kLevels);
       store_some(scale16 + 2 * (first + k), narrow(f16{}, steps.scale), n - k < W ? n - k : W);
       store_some(zero16 + 2 * (first + k), narrow(f16{}, steps.zero), n - k < W ? n - k : W);

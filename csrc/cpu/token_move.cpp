@@ -9,6 +9,8 @@
 
 #include "isa.h"
 #include "memory_stream.h"
+#include "thread_share.h"
+#include "token_ahead.h"
 
 #if DELTAMEM_X86
 #include <emmintrin.h>
@@ -31,8 +33,6 @@ const CopyKernels& copy_kernels() {
 }
 
 namespace {
-
-constexpr int64_t kTogether = 32;
 
 // Elements `from_dim` apart to elements `to_dim` apart; the tokens' inner loop, so that lines of a page are reused.
 template <class E>
@@ -98,50 +98,11 @@ void gather_part(int64_t size, int64_t dim, const uint8_t* pool, int64_t stride,
   }
 }
 
-void prefetch_part(int64_t size, int64_t dim, const PartLayout& part, const uint8_t* const* page, const int64_t* slot,
-                   int64_t groups, int64_t count) {
-  const auto begin = [&](int64_t g, int64_t k) {
-    const int64_t i = g * count + k;
-    return page[i] + (part.base + slot[i] * part.per_slot) * size;
-  };
-  if (part.per_dim == 1) {
-    for (int64_t k = 0; k < count; ++k) {
-      for (int64_t g = 0; g < groups; ++g) {
-        const uint8_t *row = begin(g, k), *end = row + dim * size;
-        for (const uint8_t* at = line_of(row); at < end; at += kLine) prefetch_line(at);
-      }
-    }
-    return;
-  }
-  // Neighbouring slots share the lines of a channel, and short channels share lines. Lines far apart are fetched by
-  // reading a byte of them, a few columns in turn: the hardware then runs ahead in each of them, which it does less for
-  // lines that it was only asked for.
-  constexpr int kMost = 8;
-  const uint8_t* columns[kMost];
-  const int64_t channel = part.per_dim * size, step = channel < kLine ? kLine / channel : 1;
-  int found = 0;
-  const auto read = [&] {
-    for (int64_t d = 0; d < dim; d += step) {
-      for (int c = 0; c < found; ++c) static_cast<void>(*const_cast<const volatile uint8_t*>(columns[c] + d * channel));
-    }
-    found = 0;
-  };
-  for (int64_t g = 0; g < groups; ++g) {
-    for (int64_t k = 0; k < count; ++k) {
-      const uint8_t* column = begin(g, k);
-      if (found > 0 && line_of(columns[found - 1]) == line_of(column)) continue;
-      if (found == kMost) read();
-      columns[found++] = column;
-    }
-  }
-  read();
-}
-
 void fill_part(int64_t size, int64_t dim, const PartLayout& part, const uint8_t* const* page, const int64_t* slot,
-               uint8_t* to) {
+               uint8_t* to, TokensAhead& ahead) {
 #if DELTAMEM_X86
   if (size == 2 && part.per_slot == 1 && deltamem_isa() >= kAvx512 &&
-      fill_transposed_avx512(dim, part, page, slot, to)) {
+      fill_transposed_avx512(dim, part, page, slot, to, ahead)) {
     return;
   }
 #endif
@@ -151,6 +112,7 @@ void fill_part(int64_t size, int64_t dim, const PartLayout& part, const uint8_t*
     for (int64_t k = 0; k < n; ++k) from[k] = page[first + k] + (part.base + slot[first + k] * part.per_slot) * size;
     uint8_t* rows = to + (part.base + first * part.per_slot) * size;
     copy_strided(size, from, n, dim, part.per_dim, rows, part.per_slot * size, part.per_dim);
+    ahead.more();
   }
 }
 
@@ -161,21 +123,33 @@ DELTAMEM_API void deltamem_gather_tokens(int64_t size, int64_t dim, const uint8_
                                          int64_t count, uint8_t* keys, uint8_t* values, int streamed) {
   const PartLayout parts[] = {key_layout(layout), value_layout(layout)};
   uint8_t* const rows[] = {keys, values};
-  constexpr int64_t kGroups = 8, kStep = kGroups * 16;
   const int64_t row = dim * size;
+  constexpr int64_t kStep = 4 * kTogether;
 #pragma omp parallel if (count > kStep)
   {
     const LineBuffer buffer(kStep * row);
-#pragma omp for schedule(static)
-    for (int64_t first = 0; first < count; first += kStep) {
-      const int64_t n = count - first < kStep ? count - first : kStep;
-      const uint8_t* from[kStep];
-      for (int64_t k = 0; k < n; ++k) from[k] = pool + page[first + k] * stride;
-      for (const PartLayout& part : parts) prefetch_part(size, dim, part, from, slot + first, n / 16, 16);
+    TokensAhead ahead(size, dim, parts[0], parts[1]);
+    const uint8_t* pages[2][kStep];
+    const auto plan = [&](int64_t first, int64_t end, int turn, int64_t calls) {
+      const int64_t n = end - first < kStep ? end - first : kStep;
+      for (int64_t k = 0; k < n; ++k) pages[turn][k] = pool + page[first + k] * stride;
+      ahead.plan(pages[turn], slot + first, n, calls);
+    };
+    const Share own = share_of_thread(0, count, kStep);
+    int turn = 0;
+    plan(own.first, own.end, turn, 1);
+    ahead.more();
+    for (int64_t first = own.first; first < own.end; first += kStep, turn = 1 - turn) {
+      const int64_t n = own.end - first < kStep ? own.end - first : kStep;
+      plan(first + n, own.end, 1 - turn, 2 * kStep / kTogether);
       for (int i = 0; i < 2; ++i) {
         uint8_t* to = rows[i] + first * row;
         uint8_t* out = streamed ? buffer.data() : to;
-        gather_part(size, dim, pool, stride, parts[i], page + first, slot + first, n, out);
+        for (int64_t k = 0; k < n; k += kTogether) {
+          ahead.more();
+          gather_part(size, dim, pool, stride, parts[i], page + first + k, slot + first + k,
+                      n - k < kTogether ? n - k : kTogether, out + k * row);
+        }
         if (streamed) copy_kernels().stream(out, n * row, to);
       }
     }

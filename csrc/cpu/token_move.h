@@ -15,6 +15,8 @@ struct PartLayout {
   int64_t base, per_slot, per_dim, slots;
 };
 
+class TokensAhead;
+
 // Of what Python hands over: base, per_slot and per_dim of keys, the same of values, slots of a page.
 inline PartLayout key_layout(const int64_t* layout) { return {layout[0], layout[1], layout[2], layout[6]}; }
 inline PartLayout value_layout(const int64_t* layout) { return {layout[3], layout[4], layout[5], layout[6]}; }
@@ -24,15 +26,11 @@ inline PartLayout value_layout(const int64_t* layout) { return {layout[3], layou
 void gather_part(int64_t size, int64_t dim, const uint8_t* pool, int64_t stride, const PartLayout& part,
                  const int64_t* page, const int64_t* slot, int64_t count, uint8_t* to);
 
-// Bring keys (or values) of `groups` times `count` tokens into the caches, token [g, k] from slot[g, k] of the page
-// that begins at page[g, k]. The second cache should hold them all. A memory delivers twice as fast what it is asked
-// for from several pages in turn as what it is asked for page by page: groups should be of different pages.
-void prefetch_part(int64_t size, int64_t dim, const PartLayout& part, const uint8_t* const* page, const int64_t* slot,
-                   int64_t groups, int64_t count);
-
-// Keys (or values) in all slots of the page `to`: token k from slot[k] of the page that begins at page[k].
+// Keys (or values) in all slots of the page `to`: token k from slot[k] of the page that begins at page[k]. Asks for more
+// of what comes next about every kTogether tokens.
+constexpr int64_t kTogether = 32;
 void fill_part(int64_t size, int64_t dim, const PartLayout& part, const uint8_t* const* page, const int64_t* slot,
-               uint8_t* to);
+               uint8_t* to, TokensAhead& ahead);
 
 // Copies of one instruction set.
 struct CopyKernels {
@@ -48,7 +46,7 @@ const CopyKernels& copy_kernels();
 // Where the elements of a channel stand side by side ("transposed"): fill_part, channel by channel. Two bytes an
 // element. False if this shape has no fast version here.
 bool fill_transposed_avx512(int64_t dim, const PartLayout& part, const uint8_t* const* page, const int64_t* slot,
-                            uint8_t* to);
+                            uint8_t* to, TokensAhead& ahead);
 
 // Some of up to 16 neighbouring slots of one page, keys as above -> rows of `dim` elements, one after the other.
 // `from` is the first of these slots, lanes[k] the place among them of row k's token; dim is a multiple of 16.

@@ -6,6 +6,7 @@
 #include <cstring>
 
 #include "memory_stream.h"
+#include "token_ahead.h"
 #include "token_move.h"
 
 #define DELTAMEM_STREAM_LINE(from, to) \
@@ -84,20 +85,22 @@ void fill(int64_t dim, int64_t per_dim, const Run* runs, int count, uint8_t* to)
 }
 
 template <class S>
-void fill_page(int64_t dim, const PartLayout& part, const uint8_t* const* page, const int64_t* slot, uint8_t* to) {
+void fill_page(int64_t dim, const PartLayout& part, const uint8_t* const* page, const int64_t* slot, uint8_t* to,
+               TokensAhead& ahead) {
   for (int64_t first = 0; first < part.slots; first += S::kLanes) {
     Run runs[S::kLanes];
     const int count = find_runs<S>(part.base, page + first, slot + first, runs);
     fill<S>(dim, part.per_dim, runs, count, to + 2 * (part.base + first));
+    ahead.more();
   }
 }
 
 }  // namespace
 
 bool fill_transposed_avx512(int64_t dim, const PartLayout& part, const uint8_t* const* page, const int64_t* slot,
-                            uint8_t* to) {
-  if (part.slots % Wide::kLanes == 0) fill_page<Wide>(dim, part, page, slot, to);
-  else if (part.slots % Narrow::kLanes == 0) fill_page<Narrow>(dim, part, page, slot, to);
+                            uint8_t* to, TokensAhead& ahead) {
+  if (part.slots % Wide::kLanes == 0) fill_page<Wide>(dim, part, page, slot, to, ahead);
+  else if (part.slots % Narrow::kLanes == 0) fill_page<Narrow>(dim, part, page, slot, to, ahead);
   else return false;
   return true;
 }

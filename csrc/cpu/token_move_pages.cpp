@@ -9,6 +9,8 @@
 #include "isa.h"
 #include "memory_stream.h"
 #include "page_order.h"
+#include "thread_share.h"
+#include "token_ahead.h"
 #include "token_move.h"
 
 namespace {
@@ -27,11 +29,16 @@ struct Move {
   uint8_t* target(int64_t p) const { return pool + targets[p] * stride; }
 };
 
-// Fills some pages at a time: the memory is asked for all their tokens first.
+// Fills some pages at a time, and asks for the tokens of the next ones meanwhile.
 class Filler {
  public:
   explicit Filler(const Move& move)
-      : move_(move), most_(most(move.page_bytes())), begin_(most_ * move.slots()), slot_(most_ * move.slots()) {}
+      : move_(move), most_(most(move.page_bytes())), ahead_(move.size, move.dim, move.keys, move.values) {
+    for (Batch& batch : batches_) {
+      batch.page.resize(most_ * move.slots());
+      batch.slot.resize(most_ * move.slots());
+    }
+  }
 
   static int64_t most(int64_t page_bytes) {
     const int64_t fit = 32 * 1024 / page_bytes;  // their sources, several times as large, stay in the second cache
@@ -43,37 +50,49 @@ class Filler {
   template <class Which, class Begins, class To, class Done>
   void fill(int64_t first, int64_t end, const Which& which, const Begins& begins, const To& to, const Done& done) {
     const Move& m = move_;
-    const int64_t slots = m.slots();
-    for (; first < end; first += most_) {
-      const int64_t n = end - first < most_ ? end - first : most_;
-      for (int64_t i = 0; i < n; ++i) {
-        const int64_t from = which(first + i) * slots;
+    const int64_t slots = m.slots(), calls = 2 * most_ * ((slots + kTogether - 1) / kTogether);
+    const auto plan = [&](int64_t from, Batch& batch, int64_t within) {
+      batch.count = end - from < most_ ? end - from : most_;
+      for (int64_t i = 0; i < batch.count; ++i) {
+        const int64_t *page = m.page + which(from + i) * slots, *slot = m.slot + which(from + i) * slots;
+        const uint8_t** own = &batch.page[i * slots];
         for (int64_t k = 0; k < slots; ++k) {
-          const bool again = k > 0 && m.page[from + k] == m.page[from + k - 1];
-          begin_[i * slots + k] = again ? begin_[i * slots + k - 1] : begins(m.page[from + k]);
-          slot_[i * slots + k] = m.slot[from + k];
+          own[k] = k > 0 && page[k] == page[k - 1] ? own[k - 1] : begins(page[k]);
+          batch.slot[i * slots + k] = slot[k];
         }
       }
-      prefetch_part(m.size, m.dim, m.keys, begin_.data(), slot_.data(), n, slots);
-      prefetch_part(m.size, m.dim, m.values, begin_.data(), slot_.data(), n, slots);
-      for (int64_t i = 0; i < n; ++i) {
-        uint8_t* page = to(first + i);
-        fill_part(m.size, m.dim, m.keys, &begin_[i * slots], &slot_[i * slots], page);
-        fill_part(m.size, m.dim, m.values, &begin_[i * slots], &slot_[i * slots], page);
+      ahead_.plan(batch.page.data(), batch.slot.data(), batch.count * slots, within);
+    };
+    plan(first, batches_[0], 1);
+    ahead_.more();
+    for (int turn = 0; first < end; first += most_, turn = 1 - turn) {
+      plan(first + batches_[turn].count, batches_[1 - turn], calls);
+      for (int64_t i = 0; i < batches_[turn].count; ++i) {
+        const uint8_t* const* page = &batches_[turn].page[i * slots];
+        const int64_t* slot = &batches_[turn].slot[i * slots];
+        uint8_t* target = to(first + i);
+        fill_part(m.size, m.dim, m.keys, page, slot, target, ahead_);
+        fill_part(m.size, m.dim, m.values, page, slot, target, ahead_);
         done(first + i);
       }
     }
   }
 
  private:
+  struct Batch {
+    std::vector<const uint8_t*> page;
+    std::vector<int64_t> slot;
+    int64_t count = 0;  // pages
+  };
+
   const Move& move_;
   int64_t most_;
-  std::vector<const uint8_t*> begin_;
-  std::vector<int64_t> slot_;
+  TokensAhead ahead_;
+  Batch batches_[2];
 };
 
 void move_apart(const Move& move, bool streamed) {
-  const int64_t bytes = move.page_bytes(), most = Filler::most(bytes), parts = (move.pages + most - 1) / most;
+  const int64_t bytes = move.page_bytes();
   const auto begins = [&](int64_t page) { return move.pool + page * move.stride; };
   const auto which = [](int64_t i) { return i; };
 #pragma omp parallel if (move.pages > 1)
@@ -84,11 +103,8 @@ void move_apart(const Move& move, bool streamed) {
     const auto done = [&](int64_t p) {
       if (streamed) copy_kernels().stream(buffer.data(), bytes, move.target(p));
     };
-#pragma omp for schedule(static)
-    for (int64_t part = 0; part < parts; ++part) {
-      const int64_t first = part * most, end = first + most < move.pages ? first + most : move.pages;
-      filler.fill(first, end, which, begins, to, done);
-    }
+    const Share own = share_of_thread(0, move.pages, 1);
+    filler.fill(own.first, own.end, which, begins, to, done);
     finish_streaming();
   }
 }
@@ -96,7 +112,7 @@ void move_apart(const Move& move, bool streamed) {
 // Targets among the sources. `together` pages are filled before the first of them is written. `memory` holds these and
 // then, at most as many pages as are moved, what stood in pages that were written while tokens of theirs were wanted.
 void move_in_place(const Move& move, bool streamed, uint8_t* memory, int64_t together) {
-  const int64_t bytes = move.page_bytes(), most = Filler::most(bytes);
+  const int64_t bytes = move.page_bytes();
   PageOrder order(move.page, move.targets, move.pages, move.slots());
   uint8_t* const saved = memory + together * bytes;
   const auto begins = [&](int64_t page) -> const uint8_t* {
@@ -110,10 +126,9 @@ void move_in_place(const Move& move, bool streamed, uint8_t* memory, int64_t tog
     for (int64_t start = 0; start < move.pages; start += together) {
       const int64_t end = start + together < move.pages ? start + together : move.pages;
       const auto to = [&](int64_t i) { return memory + (i - start) * bytes; };
-#pragma omp for schedule(static)
-      for (int64_t first = start; first < end; first += most) {
-        filler.fill(first, first + most < end ? first + most : end, which, begins, to, [](int64_t) {});
-      }
+      const Share own = share_of_thread(start, end, 1);
+      filler.fill(own.first, own.end, which, begins, to, [](int64_t) {});
+#pragma omp barrier
 #pragma omp single
       order.about_to_write(start, end);
 #pragma omp for schedule(static)
