@@ -15,18 +15,16 @@ PageOrder::PageOrder(const int64_t* page, const int64_t* targets, int64_t pages,
   for (int64_t p = 0; p < pages; ++p) {
     const int64_t* own = page + p * slots;
     for (int64_t k = 0; k < slots; ++k) {
-      if (k > 0 && own[k] == own[k - 1]) continue;  // survivors of a page follow each other
-      const int64_t from = find(own[k]);
-      if (from < 0 || from == p) continue;
-      wants_.push_back(int32_t(from));
-      ++wanted_[from];
+      if (k > 0 && own[k] == own[k - 1]) continue;
+      runs_.push_back(find(own[k]));
+      if (wants(p, runs_.back())) ++wanted_[runs_.back()];
     }
-    start_[p + 1] = int64_t(wants_.size());
+    start_[p + 1] = int64_t(runs_.size());
   }
   find_order();
 }
 
-int64_t PageOrder::find(int64_t page) const {
+int32_t PageOrder::find(int64_t page) const {
   for (uint64_t at = hash(page); table_[at] >= 0; at = after(at)) {
     if (targets_[table_[at]] == page) return table_[at];
   }
@@ -49,18 +47,18 @@ void PageOrder::find_order() {
       while (listed[oldest]) ++oldest;
       list(oldest);
     }
-    for (int64_t w = start_[order_[i]]; w < start_[order_[i] + 1]; ++w) {
-      const int64_t from = wants_[w];
-      if (--wanted[from] == 0 && !listed[from]) list(from);
+    for (int64_t r = start_[order_[i]]; r < start_[order_[i] + 1]; ++r) {
+      const int32_t from = runs_[r];
+      if (wants(order_[i], from) && --wanted[from] == 0 && !listed[from]) list(from);
     }
   }
 }
 
 void PageOrder::about_to_write(int64_t first, int64_t end) {
   for (int64_t i = first; i < end; ++i) {
-    for (int64_t w = start_[order_[i]]; w < start_[order_[i] + 1]; ++w) {
-      const int64_t from = wants_[w];
-      if (--wanted_[from] > 0 || saved_[from] < 0) continue;
+    for (int64_t r = start_[order_[i]]; r < start_[order_[i] + 1]; ++r) {
+      const int32_t from = runs_[r];
+      if (!wants(order_[i], from) || --wanted_[from] > 0 || saved_[from] < 0) continue;
       free_.push_back(saved_[from]);
       saved_[from] = -1;
     }

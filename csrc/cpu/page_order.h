@@ -22,15 +22,20 @@ class PageOrder {
   // be saved before.
   void about_to_write(int64_t first, int64_t end);
 
-  // Where the old tokens of this page of the pool are saved, a small number; -1 if they stand in the page, or nobody
-  // wants them any more.
-  int64_t saved(int64_t page) const {
-    const int64_t p = find(page);
-    return p < 0 ? -1 : saved_[p];
+  // Where the old tokens of page targets[p] are saved, a small number; -1 if they stand in the page, or nobody wants them
+  // any more.
+  int64_t saved(int64_t p) const { return saved_[p]; }
+
+  // The same for the page that the tokens of targets[p] come from, in run `run` of them: tokens of one page that follow
+  // each other. -1, too, if that is no target.
+  int64_t saved_source(int64_t p, int64_t run) const {
+    const int32_t from = runs_[start_[p] + run];
+    return from < 0 ? -1 : saved_[from];
   }
 
  private:
-  int64_t find(int64_t page) const;  // its p, -1 if it is no target
+  int32_t find(int64_t page) const;  // its p, -1 if it is no target
+  static bool wants(int64_t p, int32_t from) { return from >= 0 && from != p; }
   uint64_t after(uint64_t entry) const { return (entry + 1) & ((uint64_t(1) << bits_) - 1); }
   uint64_t hash(int64_t page) const { return uint64_t(page) * 0x9E3779B97F4A7C15u >> (64 - bits_); }
   void find_order();
@@ -39,9 +44,9 @@ class PageOrder {
   int64_t pages_;
   int bits_ = 1;                 // of a hash: there are 2^bits entries in the table
   std::vector<int32_t> table_;   // p at the hash of targets[p], or at the next entry that was free; else -1
-  std::vector<int32_t> wants_;   // p of the targets that each page takes tokens from, other than itself; may repeat
-  std::vector<int64_t> start_;   // where those of each page start
-  std::vector<int32_t> wanted_;  // how often each p stands in wants_ of pages that were not filled yet
+  std::vector<int32_t> runs_;    // of each p, one after the other: for every run of its tokens, the p of their page or -1
+  std::vector<int64_t> start_;   // where those of each p start
+  std::vector<int32_t> wanted_;  // how often pages that were not filled yet take tokens from each p, itself aside
   std::vector<int32_t> order_, saved_, free_;
   int32_t places_ = 0;  // that were ever used at the same time
 };

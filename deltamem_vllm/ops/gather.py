@@ -150,7 +150,7 @@ def gather_pages(
     return True
 
 
-_MOST_KEPT = 64 * 2**20
+_MOST_KEPT = 128 * 2**20
 _kept = threading.local()
 
 
@@ -158,7 +158,8 @@ def kept_pages(pool: Tensor, count: int) -> Tensor:
     """Memory for ``count`` pages like the pool's, ``[count, pool.shape[1]]`` contiguous, whatever it holds.
 
     The same memory for every call of a thread, valid until the next one: the operating system takes longer to hand
-    out fresh memory than it takes to move pages into it. More than 64 MiB are not kept.
+    out fresh memory than it takes to move pages into it. More than 128 MiB are not kept; of what is, only what was ever
+    written takes memory.
     """
     needed = count * pool.shape[1] * pool.element_size()
     if needed > _MOST_KEPT:
