@@ -7,6 +7,7 @@
 #include "cold_codec.h"
 
 #include <cstring>
+#include <initializer_list>
 #include <new>
 
 #include "cold_source.h"
@@ -173,6 +174,12 @@ DELTAMEM_API void deltamem_encode_from(int bits, int64_t dim, int64_t page_bytes
       one.keys = keys.plan(own_page, own_slot, counts[p], one.key_places);
       one.values = values.plan(own_page, own_slot, counts[p], one.value_places);
       planned = p;
+      if (p + 1 == pages) return;
+      for (const int64_t* places : {own_page + capacity, own_slot + capacity}) {
+        for (int64_t t = 0; t < capacity; t += kLine / int64_t(sizeof(*places))) {
+          prefetch_line(reinterpret_cast<const uint8_t*>(places + t));
+        }
+      }
     };
 #pragma omp for schedule(static)
     for (int64_t p = 0; p < pages; ++p) {

@@ -22,8 +22,8 @@ class PageOrder {
   // be saved before.
   void about_to_write(int64_t first, int64_t end);
 
-  // Where the old tokens of page targets[p] are saved, a small number; -1 if they stand in the page, or nobody wants them
-  // any more.
+  // Where the old tokens of page targets[p] are saved, a small number; -1 if they stand in the page, or nobody wants
+  // them any more.
   int64_t saved(int64_t p) const { return saved_[p]; }
 
   // The same for the page that the tokens of targets[p] come from, in run `run` of them: tokens of one page that follow
@@ -44,7 +44,7 @@ class PageOrder {
   int64_t pages_;
   int bits_ = 1;                 // of a hash: there are 2^bits entries in the table
   std::vector<int32_t> table_;   // p at the hash of targets[p], or at the next entry that was free; else -1
-  std::vector<int32_t> runs_;    // of each p, one after the other: for every run of its tokens, the p of their page or -1
+  std::vector<int32_t> runs_;    // for every run of the tokens of each p, the p of the page it comes from or -1
   std::vector<int64_t> start_;   // where those of each p start
   std::vector<int32_t> wanted_;  // how often pages that were not filled yet take tokens from each p, itself aside
   std::vector<int32_t> order_, saved_, free_;

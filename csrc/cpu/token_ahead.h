@@ -1,9 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0
 // SPDX-FileCopyrightText: Copyright contributors to the deltamem project
 //
-// Tokens asked of the memory while others are moved. Two things make it deliver as fast as it can: it is asked for pages
-// in turn (one page after the other, it takes a third longer), and a few lines at a time (what it is asked for while it
-// has enough to do is forgotten).
+// Tokens asked of the memory while others are moved. It delivers most when it is asked for several pages in turn (for
+// one page after the other it takes a third longer), and for some lines at a time: what it is asked for while it has
+// enough to do is forgotten.
 
 #pragma once
 
@@ -17,8 +17,8 @@ class TokensAhead {
   TokensAhead(int64_t size, int64_t dim, const PartLayout& keys, const PartLayout& values)
       : size_(size), dim_(dim), parts_{keys, values} {}
 
-  // From now on it is about tokens k < count, in slot[k] of the page that begins at page[k]; both have to stay. They are
-  // asked for in `calls` calls of more().
+  // From now on it is about tokens k < count, in slot[k] of the page that begins at page[k]; both have to stay. They
+  // are asked for in `calls` calls of more().
   void plan(const uint8_t* const* page, const int64_t* slot, int64_t count, int64_t calls);
   void more();
 

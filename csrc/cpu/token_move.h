@@ -26,8 +26,8 @@ inline PartLayout value_layout(const int64_t* layout) { return {layout[3], layou
 void gather_part(int64_t size, int64_t dim, const uint8_t* pool, int64_t stride, const PartLayout& part,
                  const int64_t* page, const int64_t* slot, int64_t count, uint8_t* to);
 
-// Keys (or values) in all slots of the page `to`: token k from slot[k] of the page that begins at page[k]. Asks for more
-// of what comes next about every kTogether tokens.
+// Keys (or values) in all slots of the page `to`: token k from slot[k] of the page that begins at page[k]. Asks for
+// more of what comes next about every kTogether tokens.
 constexpr int64_t kTogether = 32;
 void fill_part(int64_t size, int64_t dim, const PartLayout& part, const uint8_t* const* page, const int64_t* slot,
                uint8_t* to, TokensAhead& ahead);
