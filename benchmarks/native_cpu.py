@@ -10,7 +10,7 @@ that holds something to read, once, and of every line written. "Of memcpy" says 
 the tokens, "in lines" how much of the memory's speed is used. Moves in place put each head's survivors into the first
 pages of the next head. Dense gathers and decoding write to memory that is there already; torch's versions get theirs on
 every call. Pools and both sides of the copy lie in huge pages, as a server's pool does. All versions take turns, so
-that a noisy machine is noisy for all; figures are medians.
+that a noisy machine is noisy for all; figures are medians, ratios those of the rounds' ratios.
 
     .venv/bin/python benchmarks/native_cpu.py [--threads 2] [--isa avx2] [--bits 4] [--markdown FILE]
 """
@@ -79,10 +79,14 @@ def report(case: Case, rounds: int, out: Report) -> None:
             call()
             if turn:  # the first touches fresh memory
                 seconds[name].append(time.perf_counter() - began)
-    ours, copy, torchs = (case.moved / statistics.median(seconds[name]) / 1e9 for name in turns)
+    ours, torchs = (case.moved / statistics.median(seconds[name]) / 1e9 for name in ("ours", "torch"))
+    of_copy, of_torch = (
+        statistics.median(other / own for own, other in zip(seconds["ours"], seconds[name], strict=True))
+        for name in ("copy", "torch")
+    )
     out.add(
-        f"| {case.name:36} | {case.moved / 1e6:4.0f} | {ours:4.1f} | {ours / copy:9.0%} "
-        f"| {ours / copy * case.lines / case.moved:8.0%} | {torchs:10.2f} | {ours / torchs:11.1f} |"
+        f"| {case.name:36} | {case.moved / 1e6:4.0f} | {ours:4.1f} | {of_copy:9.0%} "
+        f"| {of_copy * case.lines / case.moved:8.0%} | {torchs:10.2f} | {of_torch:11.1f} |"
     )
 
 
