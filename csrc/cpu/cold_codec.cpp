@@ -46,18 +46,21 @@ uint8_t* scratch(int64_t bytes) {
 // Pages are given out one by one where they are few: threads should end at the same time.
 bool worth_threads(int64_t pages) { return pages > 1; }
 
-// Where the tokens of a page are written: in place, or in memory of the thread and from there past the caches.
+// Where the tokens of a page are written: in place, or in memory of the thread and from there, past the caches if they
+// are `streamed`.
 class TokensOut {
  public:
-  TokensOut(uint8_t* memory, int64_t bytes, bool streamed) : memory_(streamed ? memory : nullptr), bytes_(bytes) {}
+  TokensOut(uint8_t* memory, bool in_place, bool streamed) : memory_(in_place ? nullptr : memory), streamed_(streamed) {}
   uint8_t* of(uint8_t* to) const { return memory_ ? memory_ : to; }
-  void write(uint8_t* to) const {
-    if (memory_) copy_kernels().stream(memory_, bytes_, to);
+  void write(uint8_t* to, int64_t bytes) const {
+    if (!memory_) return;
+    if (streamed_) copy_kernels().stream(memory_, bytes, to);
+    else std::memcpy(to, memory_, bytes);
   }
 
  private:
   uint8_t* memory_;
-  int64_t bytes_;
+  bool streamed_;
 };
 
 // How often a kernel asks for more of the next page, about: for every row of codes, for some rows whose range it looks
@@ -98,20 +101,23 @@ DELTAMEM_API void deltamem_encode_delta(int bits, int64_t dim, int64_t page_byte
   }
 }
 
-// Page ids[p] (or p if null) of raw -> keys, values [pages, C, D] contiguous, counts [pages]. `streamed`: what is written
-// does not fit into the caches. (Encoding writes less than it reads, and gained nothing by it.)
+// Page ids[p] (or p if null) of raw -> keys, values, counts [pages]. Keys and values are [pages, C, D] contiguous or, with
+// `starts` [pages + 1], rows of tokens: those of page p from row starts[p] on, and none behind row starts[p + 1].
+// `streamed`: what is written does not fit into the caches. (Encoding writes less than it reads, and gained nothing by
+// it.)
 DELTAMEM_API void deltamem_decode_delta(int bits, int64_t dim, int64_t page_bytes, int dtype, int64_t pages,
                                         const uint8_t* raw, int64_t raw_stride, const int64_t* ids, uint8_t* keys,
-                                        uint8_t* values, int64_t* counts, int streamed) {
+                                        uint8_t* values, int64_t* counts, const int64_t* starts, int streamed) {
   const ColdFormat format{bits, dim, page_bytes};
   const ColdKernels& use = kernels();
-  const int64_t capacity = format.capacity(), part = capacity * dim * itemsize(dtype);
+  const int64_t capacity = format.capacity(), row = dim * itemsize(dtype), part = capacity * row;
+  const bool in_place = !starts && !streamed;
   const auto page_of = [&](int64_t p) { return raw + (ids ? ids[p] : p) * raw_stride; };
 #pragma omp parallel if (worth_threads(pages))
   {
     Pieces pieces(scratch(2 * Pieces::bytes<uint8_t>(part) + scratch_bytes(format)));
-    const TokensOut key_out(pieces.take<uint8_t>(part), part, streamed);
-    const TokensOut value_out(pieces.take<uint8_t>(part), part, streamed);
+    const TokensOut key_out(pieces.take<uint8_t>(part), in_place, streamed);
+    const TokensOut value_out(pieces.take<uint8_t>(part), in_place, streamed);
     uint8_t* const rest = pieces.take<uint8_t>(0);
 #pragma omp for schedule(static)
     for (int64_t p = 0; p < pages; ++p) {
@@ -125,10 +131,11 @@ DELTAMEM_API void deltamem_decode_delta(int bits, int64_t dim, int64_t page_byte
         next = page_of(p + 1);
         ahead = Ahead({&next, 1, lines_of(format.end())}, {}, nullptr, 0, decode_turns(format, counts[p]));
       }
-      use.decode(format, dtype, page, counts[p], key_out.of(keys + p * part), value_out.of(values + p * part), rest,
-                 ahead);
-      key_out.write(keys + p * part);
-      value_out.write(values + p * part);
+      const int64_t first = (starts ? starts[p] : p * capacity) * row, left = starts ? starts[p + 1] - starts[p] : 0;
+      const int64_t bytes = !starts ? part : (counts[p] < left ? counts[p] : left) * row;
+      use.decode(format, dtype, page, counts[p], key_out.of(keys + first), value_out.of(values + first), rest, ahead);
+      key_out.write(keys + first, bytes);
+      value_out.write(values + first, bytes);
     }
     finish_streaming();
   }

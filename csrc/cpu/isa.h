@@ -27,7 +27,7 @@ DELTAMEM_API int deltamem_isa();
 DELTAMEM_API int deltamem_use_isa(int isa);
 
 // The number that deltamem_vllm/ops/native.py expects. Count up when a function that Python calls changes.
-#define DELTAMEM_ABI 4
+#define DELTAMEM_ABI 5
 DELTAMEM_API int deltamem_abi();
 
 // Threads that a parallel region of this library gets here and now.

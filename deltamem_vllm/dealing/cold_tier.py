@@ -7,12 +7,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from deltamem_vllm.codec.cold_codec import encode_pages
 from deltamem_vllm.codec.cold_page import ColdFormat
 from deltamem_vllm.dealing.cold_pages import ColdChoice, ColdPages, combined, raw_bytes
 from deltamem_vllm.dealing.pool import PagePool
 from deltamem_vllm.dealing.rater import Ratings
-from deltamem_vllm.ops.cold import encode_from
+from deltamem_vllm.ops.cold import encode_delta, encode_from, in_words
 from deltamem_vllm.ops.dealt_pages import DealtPages
 from deltamem_vllm.ops.layout import PageLayout
 
@@ -35,7 +34,7 @@ class ColdTier:
         self.layout = layout
         self.loss = loss
         self._pool = pool
-        self._raw = raw_bytes(pool.flat, layout)
+        self._words = in_words(raw_bytes(pool.flat, layout))
         self._hot = hot
         self._mover = DealtPages(hot)
 
@@ -60,7 +59,7 @@ class ColdTier:
 
         Returns
         -------
-        The cold pages that there are now, and what is still to be written: page numbers and bytes.
+        The cold pages that there are now, and what is still to be written: page numbers and their bytes, as `in_words`.
         """
         size, made = self._pool.block_size, len(choice.pair)
         pending: list[tuple[Tensor, Tensor]] = []
@@ -77,9 +76,12 @@ class ColdTier:
             out = (dense[0][: page.numel()], dense[1][: page.numel()])
             keys, values = self._mover.gather(self._pool.flat, page.flatten(), slot.flatten(), out)
             shape = (*tokens.shape, self.layout.head_size)
-            pending.append((places, encode_pages(self.layout, keys.view(shape), values.view(shape), counts)))
+            raw = torch.empty(len(counts), self.layout.page_bytes, dtype=torch.uint8, device=keys.device)
+            own = torch.arange(len(counts), device=keys.device)
+            encode_delta(self.layout, keys.view(shape), values.view(shape), counts, raw, own)
+            pending.append((places, raw.view(self._words.dtype)))
         if old is not None and choice.stay is not None:
-            pending.append((target[made:], self._raw.index_select(0, old.pages[choice.stay].long())))
+            pending.append((target[made:], self._words.index_select(0, old.pages[choice.stay].long())))
             if not in_place:
                 self.write(pending)
         scores = None
@@ -101,10 +103,10 @@ class ColdTier:
         Their bytes, read as numbers, may be NaN. Kernels read the last page of a sequence as a whole and multiply what
         nobody has written by weights of zero.
         """
-        self._raw.index_fill_(0, pages.long(), 0)
+        self._words.index_fill_(0, pages.long(), 0)
 
     def write(self, pending: list[tuple[Tensor, Tensor]]) -> None:
         """Write what `move` left to be written."""
-        for target, raw in pending:
-            self._raw.index_copy_(0, target, raw)
+        for target, words in pending:
+            self._words.index_copy_(0, target, words)
         pending.clear()

@@ -16,7 +16,7 @@ from deltamem_vllm.dealing.rated import Rated, with_tail
 from deltamem_vllm.dealing.redundancy import discount_repeats
 from deltamem_vllm.dealing.tables import PageTables
 from deltamem_vllm.memory.budgets import cdiv
-from deltamem_vllm.ops.cold import decode_delta
+from deltamem_vllm.ops.cold import decode_delta, read_tokens
 from deltamem_vllm.ops.dealt_pages import DealtPages
 from deltamem_vllm.ops.page_utility import OlderTokens
 from deltamem_vllm.scoring.base import Scorer, ScoreView
@@ -193,11 +193,11 @@ class Rater:
         """All cold tokens, pair after pair, and where they are: ``[L, H, E, C]`` bool."""
         assert self._cold is not None, "there are no cold pages without a layout for them"
         raw = raw_bytes(self._tables.pool.flat, self._cold)
-        keys, values, tokens = decode_delta(self._cold, raw, cold.numbers, self._tables.pool.pages.dtype)
-        own = torch.arange(self._cold.capacity) < tokens.unsqueeze(1)
-        there = torch.zeros(*cold.pages.shape, self._cold.capacity, dtype=torch.bool)
-        there[torch.arange(cold.pages.shape[2]) < cold.counts.unsqueeze(2)] = own
-        return OlderTokens(keys[own], values[own], there.sum((2, 3)).flatten()), there
+        keys, values, tokens = read_tokens(self._cold, raw, cold.numbers, self._tables.pool.pages.dtype)
+        of_page = torch.zeros(cold.pages.shape, dtype=torch.int64)
+        of_page[torch.arange(cold.pages.shape[2]) < cold.counts.unsqueeze(2)] = tokens
+        there = torch.arange(self._cold.capacity) < of_page.unsqueeze(3)
+        return OlderTokens(keys, values, of_page.sum(2).flatten()), there
 
     def _coded(
         self, cold: ColdPages, layer: int, head: int, dtype: torch.dtype

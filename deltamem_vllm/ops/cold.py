@@ -16,7 +16,7 @@ from deltamem_vllm.codec.cold_page import ColdFormat
 from deltamem_vllm.ops import native
 from deltamem_vllm.ops.checks import check_ids, check_places
 from deltamem_vllm.ops.dealt_pages import DealtPages
-from deltamem_vllm.ops.gather import PoolStrides, kept_pages, streamed
+from deltamem_vllm.ops.gather import PoolStrides, kept_memory, kept_pages, streamed
 from deltamem_vllm.ops.layout import PageLayout
 
 
@@ -80,8 +80,7 @@ def decode_delta(
     ValueError: a shape or dtype does not fit, or a page number is out of range.
     """
     _check_raw(cold, raw)
-    if dtype not in native.DTYPE_CODES:
-        raise ValueError(f"cold pages are read as float32, bfloat16 or float16, not {dtype}")
+    _check_dtype(dtype)
     ids = check_ids("ids", ids, (ids.shape[0],) if ids.dim() else (1,), raw.shape[0])
     count = ids.shape[0]
     keys, values, counts = _decoded(cold, count, dtype, raw.device) if out is None else out
@@ -96,9 +95,49 @@ def decode_delta(
         native.pointer(raw),
         native.int64(raw.stride(0)),
         *map(native.pointer, (ids, keys, values, counts)),
+        None,
         streamed(keys.nbytes + values.nbytes),
     )
     return keys, values, counts
+
+
+def read_tokens(cold: ColdFormat, raw: Tensor, ids: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
+    """Read the tokens of cold pages, those of a page right behind those of the page before.
+
+    Parameters
+    ----------
+    cold, raw, ids, dtype: as of `decode_delta`.
+
+    Returns
+    -------
+    Keys and values, ``[m, D]``, and the tokens of each page, ``[p]`` int64, which sum up to m. Keys and values may lie
+    in memory that this thread uses again for the next cold pages that it reads or moves.
+
+    Raises
+    ------
+    ValueError: as `decode_delta`.
+    """
+    library = native.library() if raw.device.type == "cpu" else None
+    if library is None:
+        keys, values, counts = decode_delta(cold, raw, ids, dtype)
+        there = torch.arange(cold.capacity, device=raw.device) < counts.unsqueeze(1)
+        return keys[there], values[there], counts
+    _check_raw(cold, raw)
+    _check_dtype(dtype)
+    ids = check_ids("ids", ids, (ids.shape[0],) if ids.dim() else (1,), raw.shape[0])
+    count = ids.shape[0]
+    counts = raw[ids, :4].view(torch.int32).flatten().long().clamp_(0, cold.capacity)
+    starts = torch.zeros(count + 1, dtype=torch.int64)
+    torch.cumsum(counts, 0, out=starts[1:])
+    tokens = kept_memory((2, int(starts[-1]), cold.head_size), dtype)
+    library.deltamem_decode_delta(
+        *_format_arguments(cold, dtype, count),
+        native.pointer(raw),
+        native.int64(raw.stride(0)),
+        *map(native.pointer, (ids, tokens[0], tokens[1], counts, starts)),
+        streamed(tokens.nbytes),
+    )
+    return tokens[0], tokens[1], counts
 
 
 def encode_from(
@@ -162,7 +201,13 @@ def encode_from(
         native.int64(out.stride(0)),
     )
     if in_place:
-        raw.index_copy_(0, targets, out)
+        in_words(raw).index_copy_(0, targets, in_words(out))
+
+
+def in_words(raw: Tensor) -> Tensor:
+    """Pages of bytes, eight of them in a number where that fits: they are moved one by one otherwise."""
+    whole = raw.shape[1] % 8 == 0 and raw.stride(0) % 8 == 0 and raw.storage_offset() % 8 == 0
+    return raw.view(torch.int64) if whole else raw
 
 
 def _checked_places(
@@ -194,6 +239,11 @@ def _check_out(cold: ColdFormat, pages: int, dtype: torch.dtype, keys: Tensor, v
             raise ValueError(
                 f"{name} to write to must be contiguous {wanted} {kind}, got {tuple(part.shape)} {part.dtype}"
             )
+
+
+def _check_dtype(dtype: torch.dtype) -> None:
+    if dtype not in native.DTYPE_CODES:
+        raise ValueError(f"cold pages are read as float32, bfloat16 or float16, not {dtype}")
 
 
 def _check_raw(cold: ColdFormat, raw: Tensor) -> None:

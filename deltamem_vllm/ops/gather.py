@@ -8,6 +8,7 @@
 from __future__ import annotations
 
 import ctypes
+import math
 import threading
 from dataclasses import dataclass
 
@@ -155,19 +156,24 @@ _kept = threading.local()
 
 
 def kept_pages(pool: Tensor, count: int) -> Tensor:
-    """Memory for ``count`` pages like the pool's, ``[count, pool.shape[1]]`` contiguous, whatever it holds.
+    """`kept_memory` for ``count`` pages like the pool's, ``[count, pool.shape[1]]``."""
+    return kept_memory((count, pool.shape[1]), pool.dtype)
+
+
+def kept_memory(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    """Memory of a CPU for a contiguous tensor, whatever it holds.
 
     The same memory for every call of a thread, valid until the next one: the operating system takes longer to hand
     out fresh memory than it takes to move pages into it. More than 128 MiB are not kept; of what is, only what was ever
     written takes memory.
     """
-    needed = count * pool.shape[1] * pool.element_size()
+    needed = math.prod(shape) * dtype.itemsize
     if needed > _MOST_KEPT:
-        return pool.new_empty(count, pool.shape[1])
+        return torch.empty(shape, dtype=dtype)
     held: Tensor | None = getattr(_kept, "memory", None)
     if held is None or held.numel() < needed:
         held = _kept.memory = torch.empty(needed, dtype=torch.uint8)
-    return held[:needed].view(pool.dtype).view(count, pool.shape[1])
+    return held[:needed].view(dtype).view(shape)
 
 
 def streamed(written: int) -> int:

@@ -34,7 +34,7 @@ ISAS: Final = ("scalar", "avx2", "avx512", "avx512bf16")
 # 16-bit floats are told apart by number; the kernels know no other kinds.
 DTYPE_CODES: Final = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 
-_ABI = 4  # DELTAMEM_ABI in csrc/cpu/isa.h
+_ABI = 5  # DELTAMEM_ABI in csrc/cpu/isa.h
 _MEND = (
     "run `make native` in the checkout, or reinstall the package (`pip install --force-reinstall --no-deps ...`) "
     "on a machine with g++"

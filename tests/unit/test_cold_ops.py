@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from deltamem_vllm.codec.cold_codec import encode_pages
 from deltamem_vllm.codec.cold_page import BITS, ColdFormat
 from deltamem_vllm.ops import gather, native, reference_cold
-from deltamem_vllm.ops.cold import decode_delta, encode_delta, encode_from
+from deltamem_vllm.ops.cold import decode_delta, encode_delta, encode_from, in_words, read_tokens
 from deltamem_vllm.ops.inputs import LAYOUTS, make_layout
 from deltamem_vllm.ops.inputs_cold import KINDS, ColdTokens, make_cold_tokens, make_hostile_pages, put_in_pool
 from tests.support.examples import examples
@@ -213,15 +213,56 @@ def test_pages_inside_a_larger_allocation(isa, streamed):
         assert torch.equal(got, expected)
 
 
+@settings(max_examples=examples(40), deadline=None)
+@given(
+    bits=st.sampled_from(BITS),
+    dim=st.sampled_from([8, 20, 64, 80]),
+    dtype=st.sampled_from(DTYPES),
+    streamed=st.booleans(),
+    threads=st.sampled_from([1, 2]),
+    seed=st.integers(0, 2**16),
+)
+def test_tokens_are_read_one_behind_the_other(bits, dim, dtype, streamed, threads, seed):
+    """Of full pages, partly filled ones, pages read twice, bytes that nobody wrote: what pages are read as alone."""
+    case = make_cold_tokens("outliers", bits, dim, 16, 3, dtype, seed)
+    raw = torch.cat([encoded(case), make_hostile_pages(case.cold, 4, seed)])
+    ids = torch.randint(0, len(raw), (9,), generator=torch.Generator().manual_seed(seed))
+    keys, values, counts = decode_delta(case.cold, raw, ids, dtype)
+    there = torch.arange(case.cold.capacity) < counts.unsqueeze(1)
+    before = torch.get_num_threads()
+    for name in ISAS:
+        with native.using_isa(name), past_caches(streamed):
+            torch.set_num_threads(threads)
+            got = read_tokens(case.cold, raw, ids, dtype)
+            torch.set_num_threads(before)
+        assert torch.equal(got[2], counts)
+        assert same(got[0], keys[there]) and same(got[1], values[there]), name
+    none = read_tokens(case.cold, raw, ids[:0], dtype)
+    assert [tuple(part.shape) for part in none] == [(0, dim), (0, dim), (0,)]
+
+
+def test_bytes_are_moved_eight_at_a_time_where_they_can_be():
+    raw = torch.arange(64, dtype=torch.uint8).view(2, 32)
+    words = in_words(raw)
+    assert words.dtype == torch.int64 and words.shape == (2, 4)
+    assert words.data_ptr() == raw.data_ptr()
+    assert in_words(raw[:, :12]).dtype == torch.uint8  # no whole number of eights
+    assert in_words(raw[:, 3:19]).dtype == torch.uint8  # from an odd address
+    assert in_words(torch.zeros(68, dtype=torch.uint8).as_strided((2, 32), (36, 1))).dtype == torch.uint8
+
+
 def test_without_the_library_the_result_is_the_same(monkeypatch):
     case = make_cold_tokens("outliers", 4, 64, 16, 3, torch.float16, seed=5)
     there, again = (put_in_pool(case, "keys_transposed", 16, 5) for _ in range(2))
     natively = encoded(case)
     read = decode_delta(case.cold, natively, torch.arange(3), torch.float16)
+    in_a_row = [part.clone() for part in read_tokens(case.cold, natively, torch.arange(3), torch.float16)]
     encode_from(there.pool, there.layout, case.cold, there.pages, there.slots, case.counts, there.spare)
     monkeypatch.setattr(native, "library", lambda: None)
     assert torch.equal(encoded(case), natively)
     for part, other in zip(decode_delta(case.cold, natively, torch.arange(3), torch.float16), read, strict=True):
+        assert torch.equal(part, other)
+    for part, other in zip(read_tokens(case.cold, natively, torch.arange(3), torch.float16), in_a_row, strict=True):
         assert torch.equal(part, other)
     encode_from(again.pool, again.layout, case.cold, again.pages, again.slots, case.counts, again.spare)
     assert torch.equal(there.pool.view(torch.uint8), again.pool.view(torch.uint8))
@@ -256,6 +297,9 @@ class TestRefusals:
             (lambda: decode_delta(COLD, RAW, torch.tensor([-1]), torch.float16), "ids .* got -1"),
             (lambda: decode_delta(COLD, RAW, torch.tensor(1), torch.float16), "ids must be int32 or int64"),
             (lambda: decode_delta(COLD, RAW, TWO, torch.float64), "not torch.float64"),
+            (lambda: read_tokens(COLD, RAW, torch.tensor([5]), torch.float16), "ids must be between 0 and 4, got 5"),
+            (lambda: read_tokens(COLD, RAW, TWO, torch.float64), "not torch.float64"),
+            (lambda: read_tokens(COLD, RAW[:, 1:], TWO, torch.float16), "the pool as bytes"),
             (lambda: encode_from(POOL, LAYOUT, COLD, PLACES + 5, PLACES, ONE, TWO), "page must be between 0 and 4"),
             (lambda: encode_from(POOL, LAYOUT, COLD, PLACES, PLACES + 16, ONE, TWO), "slot must be between 0 and 15"),
             (lambda: encode_from(POOL, LAYOUT, COLD, PLACES - 1, PLACES, ONE, TWO), "page .* got -1"),

@@ -243,7 +243,7 @@ def test_the_sanitizers_find_nothing(tmp_path):
         "    raw = torch.zeros(1, c.cold.page_bytes, dtype=torch.uint8)\n"
         "    n, p = native.int64, native.pointer\n"
         "    native.library().deltamem_decode_delta(4, n(64), n(c.cold.page_bytes), 0, n(2), p(raw),\n"
-        "        n(c.cold.page_bytes), None, p(c.keys), p(c.values), p(c.counts))\n"
+        "        n(c.cold.page_bytes), None, p(c.keys), p(c.values), p(c.counts), None)\n"
     )
     done = subprocess.run([*command, control], capture_output=True, text=True, timeout=300, check=False)
     assert done.returncode != 0 and "heap-buffer-overflow" in done.stdout + done.stderr
