@@ -33,7 +33,7 @@ void TokensAhead::find_columns(const PartLayout& part) {
 
 int64_t TokensAhead::row_lines() const { return (dim_ * size_ + kLine - 1) / kLine; }
 
-void TokensAhead::ask_columns(int64_t lines) {
+int64_t TokensAhead::ask_columns(int64_t lines) {
   const int64_t columns = int64_t(columns_.size());
   while (lines > 0 && first_column_ < columns) {
     const int64_t end = first_column_ + kWays < columns ? first_column_ + kWays : columns;
@@ -44,11 +44,11 @@ void TokensAhead::ask_columns(int64_t lines) {
         if (line_ < columns_[c].lines) prefetch_line(columns_[c].from + line_ * columns_[c].step);
       }
     }
-    if (line_ < longest) return;
+    if (line_ < longest) break;
     first_column_ = end;
     line_ = 0;
   }
-  ask_rows(lines);
+  return lines;
 }
 
 void TokensAhead::ask_rows(int64_t lines) {
@@ -66,4 +66,4 @@ void TokensAhead::ask_rows(int64_t lines) {
   }
 }
 
-void TokensAhead::more() { ask_columns(each_call_); }
+void TokensAhead::more() { ask_rows(ask_columns(each_call_)); }

@@ -26,7 +26,7 @@ class TokensAhead {
   static constexpr int64_t kWays = 4;  // places that are asked for in turn
 
   void find_columns(const PartLayout& part);
-  void ask_columns(int64_t lines);
+  int64_t ask_columns(int64_t lines);  // returns how many are left to ask for
   void ask_rows(int64_t lines);
   int64_t row_lines() const;
 
