@@ -3,7 +3,7 @@
 //
 // Tokens asked of the memory while others are moved. It delivers most when it is asked for several pages in turn (for
 // one page after the other it takes a third longer), and for some lines at a time: what it is asked for while it has
-// enough to do is forgotten.
+// enough to do seems to be forgotten.
 
 #pragma once
 
