@@ -5,6 +5,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 import threading
@@ -94,8 +95,7 @@ def test_the_page_shows_what_the_server_says_under_load(server: LiveServer, load
 
         _until(lambda: _seen_is_between_two_answers(server, browser))
         name = _open_a_compacted_request(server, browser)
-        cells = _until(lambda: browser.find_elements(By.CSS_SELECTOR, ".heat-map td"))
-        assert len(cells) == LAYERS * KV_HEADS
+        assert len(browser.find_elements(By.CSS_SELECTOR, ".heat-map td")) == LAYERS * KV_HEADS
         assert _text(browser, ".heat-id") == name
         assert not browser.find_elements(By.CSS_SELECTOR, "#requests img, #events img, #heat img")
         assert browser.title == f"{MODEL_NAME} · deltamem"
@@ -104,7 +104,7 @@ def test_the_page_shows_what_the_server_says_under_load(server: LiveServer, load
         resize(browser, 360, 800)
         assert browser.execute_script("return document.documentElement.scrollWidth") <= 360
         assert "keep_ratio" in browser.find_element(By.ID, "policy").get_attribute("textContent")
-        assert not console_errors(browser)
+        assert not [line for line in console_errors(browser) if not _says_that_a_request_ended(line)]
 
 
 def _seen_is_between_two_answers(server: LiveServer, browser: Any) -> bool:
@@ -126,20 +126,31 @@ def _seen_is_between_two_answers(server: LiveServer, browser: Any) -> bool:
     return any(before[name] < after[name] for name in both)
 
 
-def _open_a_compacted_request(server: LiveServer, browser: Any) -> str:
-    """Click on a request that was compacted and runs on for a while; its id."""
+def _says_that_a_request_ended(line: str) -> bool:
+    """Whether a line of the console is the 404 of a request that ended after it was listed.
 
-    def click() -> str | None:
+    The list comes once a second; the page says in words that the request is gone, and a browser writes every refused
+    answer into its console, whether the page handles it or not.
+    """
+    return re.search(r"/deltamem/requests/[^/ ]+/layers\?engine=0 - .* status of 404 ", line) is not None
+
+
+def _open_a_compacted_request(server: LiveServer, browser: Any) -> str:
+    """Click on a request that was compacted and runs on until its map stands there; its id."""
+
+    def opened() -> str | None:
         (engine,) = _ask(server, "requests")["engines"]
         found = [row["id"] for row in engine["requests"] if row["status"] == "running" and row["compactions"]]
         for button in browser.find_elements(By.CSS_SELECTOR, ".requests tbody .id button"):
             if button.text in found:
                 name = str(button.text)
                 button.click()
+                # One that ends before it is asked has no map: then the next one is opened.
+                until(lambda: browser.find_elements(By.CSS_SELECTOR, ".heat-map td"), 10)
                 return name
         return None
 
-    return str(_until(click))
+    return str(_until(opened))
 
 
 def test_refusals_and_totals_are_the_same_in_page_and_route(server: LiveServer, tmp_path: Path) -> None:
