@@ -49,9 +49,10 @@ def encode_delta(cold: ColdFormat, keys: Tensor, values: Tensor, counts: Tensor,
     constants = cold_constants(cold) | {"PAGE_BYTES": raw.stride(0)}
     common = {name: constants[name] for name in ("BITS", "CAPACITY", "PAGE_BYTES")} | {"D": cold.head_size}
     # The division and the order of roundings decide the last bit: no fused multiply-adds.
-    options = {"num_warps": 4, "enable_fp_fusion": False}
+    options = {"enable_fp_fusion": False}
     tokens = padded(cold.key_row_bytes)
-    channels = max(8, min(64, _TILE // tokens))
+    # A channel's range is found across threads: half as many threads with twice the tokens take fewer instructions.
+    channels = max(8, min(128, padded(cold.head_size), 2 * _TILE * cold.bits // (8 * tokens)))
     encode_keys[count, -(-cold.head_size // channels)](
         keys,
         counts,
@@ -65,6 +66,7 @@ def encode_delta(cold: ColdFormat, keys: Tensor, values: Tensor, counts: Tensor,
         HEADER=HEADER_BYTES,
         CHANNELS=channels,
         TOKENS=tokens,
+        num_warps=2,
         **options,
     )
     row = padded(cold.value_row_bytes)
@@ -79,6 +81,7 @@ def encode_delta(cold: ColdFormat, keys: Tensor, values: Tensor, counts: Tensor,
         **{name: constants[name] for name in ("VALUE_SCALE", "VALUE_ZERO", "VALUE_CODES")},
         TOKENS=together,
         BYTES=row,
+        num_warps=4,
         **options,
     )
 

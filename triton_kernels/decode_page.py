@@ -7,7 +7,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from deltamem_vllm.triton_kernels.unpack_codes import unpack_codes
+from deltamem_vllm.triton_kernels.unpack_codes import split_codes
 
 
 @triton.jit
@@ -40,7 +40,6 @@ def decode_page(
     COLD_TILE: tokens of a program, a power of two; they share ``COLD_TILE * BITS / 8`` bytes of each channel.
     """
     PARTS: tl.constexpr = 8 // BITS
-    MIDDLE: tl.constexpr = 2 ** (BITS - 1)
     part_bytes: tl.constexpr = COLD_TILE // PARTS
     row_bytes: tl.constexpr = CAPACITY // PARTS
     index = tl.program_id(0).to(tl.int64)
@@ -62,6 +61,7 @@ def decode_page(
     at = index * (CAPACITY * D) + token[:, None] * D + dim[None, :]
     inside = exists[:, None] & filled[None, :]
 
+    # Products of a scale (11 bits) and a code are exact: fused or not, the sum is rounded once.
     halves = page.to(tl.pointer_type(tl.float16))
     scale = tl.load(halves + KEY_SCALE // 2 + dim, mask=filled, other=0.0).to(tl.float32)
     zero = tl.load(halves + KEY_ZERO // 2 + dim, mask=filled, other=0.0).to(tl.float32)
@@ -71,8 +71,8 @@ def decode_page(
         mask=filled[:, None] & (byte < row_bytes)[None, :],
         other=0,
     )
-    codes = tl.trans(unpack_codes(packed, BITS)).to(tl.float32) + MIDDLE
-    tile = tl.where(there[:, None], zero[None, :] + codes * scale[None, :], 0.0)
+    codes = tl.trans(split_codes(packed, BITS)).to(tl.float32)
+    tile = tl.where(there[:, None], tl.fma(codes, scale[None, :], zero[None, :]), 0.0)
     tl.store(keys + at, tile.to(keys.dtype.element_ty), mask=inside)
 
     scale = tl.load(halves + VALUE_SCALE // 2 + token, mask=there, other=0.0).to(tl.float32)
@@ -83,6 +83,6 @@ def decode_page(
         mask=there[:, None] & (value_byte < D // PARTS)[None, :],
         other=0,
     )
-    codes = unpack_codes(packed, BITS).to(tl.float32) + MIDDLE
-    tile = tl.where(there[:, None], zero[:, None] + codes * scale[:, None], 0.0)
+    # Past the last token scale and zero are 0, and so is the product of a scale and any code.
+    tile = tl.fma(split_codes(packed, BITS).to(tl.float32), scale[:, None], zero[:, None])
     tl.store(values + at, tile.to(values.dtype.element_ty), mask=inside)

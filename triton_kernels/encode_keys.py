@@ -7,7 +7,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from deltamem_vllm.triton_kernels.quantise import codes_of, range_of
+from deltamem_vllm.triton_kernels.quantise import codes_of, divisor_of, range_of
 
 
 @triton.jit
@@ -54,28 +54,32 @@ def encode_keys(
     place = tl.arange(0, TOKENS)
     own = keys + index * (CAPACITY * D) + dim[None, :]
 
-    broken = tl.zeros((CHANNELS,), tl.int32)
-    low = tl.full((CHANNELS,), float("inf"), tl.float32)
-    high = tl.full((CHANNELS,), float("-inf"), tl.float32)
+    inside = (dim < D)[None, :]
     for part in tl.static_range(PARTS):
+        # Where there is no token stands the first one once more: it moves no bound.
         token = part * row_bytes + place
-        there = ((place < row_bytes) & (token < count))[:, None] & (dim < D)[None, :]
-        tile = tl.load(own + token[:, None] * D, mask=there, other=0.0).to(tl.float32)
-        broken = tl.maximum(broken, tl.max((tile != tile).to(tl.int32), 0))
-        low = tl.minimum(low, tl.min(tl.where(there, tile, float("inf")), 0))
-        high = tl.maximum(high, tl.max(tl.where(there, tile, float("-inf")), 0))
+        token = tl.where((place < row_bytes) & (token < count), token, 0)
+        tile = tl.load(own + token[:, None] * D, mask=inside, other=0.0).to(tl.float32)
+        if part == 0:
+            lows, highs = tile, tile
+        else:
+            lows = tl.minimum(lows, tile, propagate_nan=tl.PropagateNan.ALL)
+            highs = tl.maximum(highs, tile)
     # A NaN makes all that share its scale 0.
-    scale, zero = range_of(tl.where(broken > 0, float("inf"), low), tl.where(broken > 0, float("-inf"), high), BITS)
+    broken = tl.max((lows != lows).to(tl.int32), 0) > 0
+    scale, zero = range_of(tl.min(lows, 0), tl.max(highs, 0), (count > 0) & (broken == 0), BITS)
     halves = page.to(tl.pointer_type(tl.float16))
     tl.store(halves + KEY_SCALE // 2 + dim, scale, mask=dim < D)
     tl.store(halves + KEY_ZERO // 2 + dim, zero, mask=dim < D)
 
+    step, inverse = divisor_of(scale)
     packed = tl.zeros((TOKENS, CHANNELS), tl.uint8)
     for part in tl.static_range(PARTS):
         token = part * row_bytes + place
-        there = ((place < row_bytes) & (token < count))[:, None] & (dim < D)[None, :]
-        tile = tl.load(own + token[:, None] * D, mask=there, other=0.0).to(tl.float32)
-        packed |= codes_of(tile, scale[None, :], zero[None, :], there, BITS) << (BITS * part)
+        there = ((place < row_bytes) & (token < count))[:, None] & inside
+        tile = tl.load(own + token[:, None] * D, mask=there, other=float("-inf")).to(tl.float32)
+        codes = codes_of(tile, scale[None, :], zero[None, :], step[None, :], inverse[None, :], BITS)
+        packed |= codes << (BITS * part)
     tl.store(
         page + KEY_CODES + dim[None, :] * row_bytes + place[:, None],
         packed,

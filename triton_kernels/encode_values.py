@@ -7,7 +7,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from deltamem_vllm.triton_kernels.quantise import codes_of, range_of
+from deltamem_vllm.triton_kernels.quantise import codes_of, divisor_of, range_of
 
 
 @triton.jit
@@ -48,27 +48,32 @@ def encode_values(
     page = raw + number * PAGE_BYTES
     token = tl.program_id(1) * TOKENS + tl.arange(0, TOKENS)
     place = tl.arange(0, BYTES)
-    own = values + index * (CAPACITY * D) + token[:, None] * D
-    there = (token < count)[:, None] & (place < row_bytes)[None, :]
+    own = values + index * (CAPACITY * D) + tl.minimum(token, CAPACITY - 1)[:, None] * D
+    inside = (place < row_bytes)[None, :]
 
-    broken = tl.zeros((TOKENS,), tl.int32)
-    low = tl.full((TOKENS,), float("inf"), tl.float32)
-    high = tl.full((TOKENS,), float("-inf"), tl.float32)
     for part in tl.static_range(PARTS):
-        tile = tl.load(own + (part * row_bytes + place)[None, :], mask=there, other=0.0).to(tl.float32)
-        broken = tl.maximum(broken, tl.max((tile != tile).to(tl.int32), 1))
-        low = tl.minimum(low, tl.min(tl.where(there, tile, float("inf")), 1))
-        high = tl.maximum(high, tl.max(tl.where(there, tile, float("-inf")), 1))
+        tile = tl.load(own + (part * row_bytes + place)[None, :], mask=inside, other=0.0).to(tl.float32)
+        if part == 0:
+            lows, highs = tile, tile
+        else:
+            lows = tl.minimum(lows, tile, propagate_nan=tl.PropagateNan.ALL)
+            highs = tl.maximum(highs, tile)
     # A NaN makes all that share its scale 0.
-    scale, zero = range_of(tl.where(broken > 0, float("inf"), low), tl.where(broken > 0, float("-inf"), high), BITS)
+    broken = tl.max((lows != lows).to(tl.int32), 1) > 0
+    low = tl.min(tl.where(inside, lows, float("inf")), 1)
+    high = tl.max(tl.where(inside, highs, float("-inf")), 1)
+    # What stands past the last token has a scale of 0, so that its codes are 0, too.
+    scale, zero = range_of(low, high, (token < count) & (broken == 0), BITS)
     halves = page.to(tl.pointer_type(tl.float16))
     tl.store(halves + VALUE_SCALE // 2 + token, scale, mask=token < CAPACITY)
     tl.store(halves + VALUE_ZERO // 2 + token, zero, mask=token < CAPACITY)
 
+    step, inverse = divisor_of(scale)
     packed = tl.zeros((TOKENS, BYTES), tl.uint8)
     for part in tl.static_range(PARTS):
-        tile = tl.load(own + (part * row_bytes + place)[None, :], mask=there, other=0.0).to(tl.float32)
-        packed |= codes_of(tile, scale[:, None], zero[:, None], there, BITS) << (BITS * part)
+        tile = tl.load(own + (part * row_bytes + place)[None, :], mask=inside, other=0.0).to(tl.float32)
+        codes = codes_of(tile, scale[:, None], zero[:, None], step[:, None], inverse[:, None], BITS)
+        packed |= codes << (BITS * part)
     tl.store(
         page + VALUE_CODES + token[:, None] * row_bytes + place[None, :],
         packed,

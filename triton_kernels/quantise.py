@@ -2,8 +2,8 @@
 # SPDX-FileCopyrightText: Copyright contributors to the deltamem project
 """Scale, zero and codes of a cold page's elements, rounded as `codec/cold_codec.py` rounds them.
 
-Bytes come out equal only if every operation is rounded as IEEE says: kernels that use this divide with ``div_rn`` and
-are compiled with ``enable_fp_fusion=False``.
+Bytes come out equal only if every operation is rounded as IEEE says: kernels that use this are compiled with
+``enable_fp_fusion=False``, and what is fused is written as `tl.fma`.
 """
 
 from __future__ import annotations
@@ -13,13 +13,12 @@ import triton.language as tl
 
 
 @triton.jit
-def range_of(low: tl.tensor, high: tl.tensor, BITS: tl.constexpr) -> tl.tensor:
-    """Scale and zero, float16, of rows with these least and largest elements (float32); (0, 0) where least > largest.
+def range_of(low: tl.tensor, high: tl.tensor, some: tl.tensor, BITS: tl.constexpr) -> tl.tensor:
+    """Scale and zero, float16, of rows with these least and largest elements (float32); (0, 0) where not `some`.
 
     Both are cut to what float16 holds. Adding 0.0: which zero a reduction finds first would decide the sign of -0.0.
     """
     largest: tl.constexpr = 65504.0
-    some = low <= high
     zero = tl.minimum(tl.maximum(tl.where(some, low, 0.0) + 0.0, -largest), largest).to(tl.float16)
     reach = tl.maximum(tl.where(some, high - zero.to(tl.float32), 0.0), 0.0) + 0.0
     steps = tl.full(reach.shape, 2**BITS - 1, tl.float32)
@@ -27,15 +26,29 @@ def range_of(low: tl.tensor, high: tl.tensor, BITS: tl.constexpr) -> tl.tensor:
 
 
 @triton.jit
-def codes_of(tile: tl.tensor, scale: tl.tensor, zero: tl.tensor, there: tl.tensor, BITS: tl.constexpr) -> tl.tensor:
-    """Codes (uint8) of a tile of elements (float32); 0 where there is none or the scale is 0.
+def divisor_of(scale: tl.tensor) -> tl.tensor:
+    """What `codes_of` divides by for these scales (float16): the step, 1 for a scale of 0, and one divided by it."""
+    step = tl.where(scale > 0, scale.to(tl.float32), 1.0)
+    return step, tl.div_rn(tl.full(step.shape, 1.0, tl.float32), step)
 
-    Ties go to the even code: adding 1.5 * 2 ** 23 leaves no bits for a fraction, and the sum is rounded so.
+
+@triton.jit
+def codes_of(
+    tile: tl.tensor, scale: tl.tensor, zero: tl.tensor, step: tl.tensor, inverse: tl.tensor, BITS: tl.constexpr
+) -> tl.tensor:
+    """Codes (uint8) of a tile of elements (float32); 0 for minus infinity, NaN and where the scale is 0.
+
+    A division takes a dozen instructions of a GPU, and each part of it that is not an addition or multiplication waits
+    for a unit that few threads share. So one division by the step serves all that share it: product, remainder and
+    correction give the quotient as IEEE rounds it (P. W. Markstein, Computation of elementary functions on the IBM RISC
+    System/6000 processor, 1990). The remainder is exact, for a step has 11 bits. Elements are cut to the range first:
+    nothing overflows, a scale of 0 makes all codes 0, and no code has to be cut.
+
+    Ties go to the even code: adding 1.5 * 2 ** 23 leaves no bits for a fraction, the sum is rounded so, and its lowest
+    bits are the code.
     """
     magic: tl.constexpr = 12582912.0
-    step = tl.where(scale > 0, scale.to(tl.float32), 1.0)
-    step = tl.broadcast_to(step, tile.shape)
-    code = tl.div_rn(tile - zero.to(tl.float32), step)
-    code = tl.minimum(tl.maximum(code, 0.0), 2**BITS - 1.0)
-    code = (code + magic) - magic
-    return tl.where(there & (scale > 0), code, 0.0).to(tl.uint8)
+    above = tl.minimum(tl.maximum(tile - zero.to(tl.float32), 0.0), scale.to(tl.float32) * (2**BITS - 1.0))
+    code = above * inverse
+    code = tl.fma(tl.fma(-code, step, above), inverse, code)
+    return (code + magic).to(tl.uint32, bitcast=True).to(tl.uint8)
