@@ -14,7 +14,7 @@ from typing import Final
 import triton
 from triton import knobs
 from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
+from triton.compiler import ASTSource, CompiledKernel
 
 from deltamem_vllm.evaluation.gpu_check.launches import Launch
 
@@ -52,7 +52,7 @@ class Resources:
     tensor_cores: bool
 
 
-def compile_launch(launch: Launch, arch: int) -> Resources:
+def compile_kernel(launch: Launch, arch: int) -> CompiledKernel:
     """Compile one launch for compute capability ``arch / 10``.
 
     Raises
@@ -61,7 +61,17 @@ def compile_launch(launch: Launch, arch: int) -> Resources:
     """
     attributes = {(launch.kernel.arg_names.index(name),): [["tt.divisibility", 16]] for name in launch.aligned}
     source = ASTSource(launch.kernel, launch.signature, constexprs=launch.constants, attrs=attributes)
-    compiled = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=launch.options)
+    return triton.compile(source, target=GPUTarget("cuda", arch, 32), options=launch.options)
+
+
+def compile_launch(launch: Launch, arch: int) -> Resources:
+    """What a launch takes of a GPU of compute capability ``arch / 10``.
+
+    Raises
+    ------
+    triton.CompilationError: the kernel is not valid for these constants.
+    """
+    compiled = compile_kernel(launch, arch)
     ptx = compiled.asm["ptx"]
     figures = _assemble(ptx, arch, bool(launch.options.get("enable_fp_fusion", True)))
     return Resources(

@@ -84,7 +84,7 @@ def all_settings() -> list[Setting]:
     found += [attend("prefill", half_too, 128, 8, 64, 4), attend("prefill", single, 64, 1, 32, 4)]
     found += [attend("prefill", half, 256, 8, 32, 0)]
     for name in ("encode_delta", "decode_delta"):
-        found += [Setting(name, "", half, 64, 1, 32, bits) for bits in (8, 2)]
+        found += [Setting(name, "", half, 64, 1, 32, bits) for bits in (8, 4, 2)]
         found += [Setting(name, "", single, 80, 1, 16, 4)]
     found += [Setting("gather_pages", "", half, dim, 1, 32, 0) for dim in (80, 128)]
     found += [Setting("page_utility", "", half, dim, group, 32, 0) for dim, group in ((64, 3), (128, 4), (256, 8))]
