@@ -133,3 +133,20 @@ def make_dealt_tokens(
         for length, n in zip(lengths, keep, strict=True)
     ]
     return DealtTokens(pool, paged, ids, lengths, kept, order[sum(held) : sum(held) + sum(keep)])
+
+
+def between_codes(pages: int, capacity: int, bits: int, generator: torch.Generator) -> Tensor:
+    """Elements half-way between two codes of a cold page or next to it, where the last bit of a division decides.
+
+    Returns
+    -------
+    ``[pages, capacity]`` float32, each row with a range that is a whole number of steps; in dtypes that cannot tell
+    them apart neighbours fall together.
+    """
+    largest = 2**bits - 1
+    step = torch.rand(pages, 1, generator=generator).add(0.01).half().float()
+    middle = (torch.randint(0, largest, (pages, capacity), generator=generator) + 0.5) * step
+    beside = torch.tensor((-torch.inf, torch.inf, 0.0))[torch.randint(0, 3, middle.shape, generator=generator)]
+    elements = torch.where(beside == 0.0, middle, torch.nextafter(middle, beside))
+    elements[:, 0], elements[:, 1] = 0.0, largest * step[:, 0]  # they make the range, and it the step
+    return elements

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from deltamem_vllm.codec.cold_codec import decode_pages, encode_pages
 from deltamem_vllm.codec.cold_page import ColdFormat
-from deltamem_vllm.ops.inputs import make_dealt_tokens
+from deltamem_vllm.ops.inputs import between_codes, make_dealt_tokens
 from deltamem_vllm.ops.inputs_attention import AttentionCase, make_attention
 from deltamem_vllm.ops.reference import move_dealt, read_pooled_token
 from deltamem_vllm.ops.reference_attention import attend_pages
@@ -133,7 +133,9 @@ def codec() -> Iterator[dict[str, Any]]:
             size = cold.capacity
             counts = torch.tensor([size, 1, size // 2, size - 1], dtype=torch.int32)
             factor = torch.randn(4, 1, dim, generator=generator).exp()
-            keys = (torch.randn(4, size, dim, generator=generator) * factor).to(dtype)
+            keys = torch.randn(4, size, dim, generator=generator) * factor
+            keys[..., 0] = between_codes(4, size, bits, generator)
+            keys = keys.to(dtype)
             values = torch.randn(4, size, dim, generator=generator).to(dtype)
             keys[2, :, 3], keys[0, :, 5], values[0, 1] = 1.0, 0.0, -2.5  # ranges of nothing
             keys[0, 2, 7], values[3, 0, 1], values[3, 1, 2] = 3e38, float("inf"), -float("inf")

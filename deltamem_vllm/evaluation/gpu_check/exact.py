@@ -12,7 +12,7 @@ from torch import Tensor
 
 from deltamem_vllm.codec.cold_codec import decode_pages, encode_pages
 from deltamem_vllm.codec.cold_page import ColdFormat
-from deltamem_vllm.ops.inputs import make_dealt_tokens
+from deltamem_vllm.ops.inputs import between_codes, make_dealt_tokens
 from deltamem_vllm.ops.inputs_attention import AttentionCase, draw_attention, make_attention
 from deltamem_vllm.ops.reference import move_dealt, read_pooled_token
 from deltamem_vllm.ops.reference_attention import attend_pages
@@ -110,7 +110,7 @@ def codec(number: int, device: torch.device) -> Agreement:
     keys = torch.randn(9, cold.capacity, dim, generator=generator)
     values = keys.flip(0).to(dtype)
     keys = keys * torch.randn(dim, generator=generator).exp()
-    keys[..., 0] = _between_codes(cold, generator)
+    keys[..., 0] = between_codes(9, cold.capacity, bits, generator)
     keys = keys.to(dtype)
     raw = torch.zeros(12, cold.page_bytes, dtype=torch.uint8, device=device)
     targets = torch.randperm(12, generator=generator)[:9]
@@ -122,17 +122,6 @@ def codec(number: int, device: torch.device) -> Agreement:
     for got, right in zip(read, decode_pages(cold, expected[targets]), strict=True):
         different += int((got.cpu() != right).sum())
     return Agreement("encode_delta, decode_delta", f"{dtype} D {dim} block {block} bits {bits}", 2.0 * different)
-
-
-def _between_codes(cold: ColdFormat, generator: torch.Generator) -> Tensor:
-    """`[9, C]` elements that lie half-way between two codes or next to it, where the last bit of a division decides."""
-    largest = 2**cold.bits - 1
-    step = torch.rand(9, 1, generator=generator).add(0.01).half().float()
-    middle = (torch.randint(0, largest, (9, cold.capacity), generator=generator) + 0.5) * step
-    beside = torch.tensor((-torch.inf, torch.inf, 0.0))[torch.randint(0, 3, middle.shape, generator=generator)]
-    elements = torch.where(beside == 0.0, middle, torch.nextafter(middle, beside))
-    elements[:, 0], elements[:, 1] = 0.0, largest * step[:, 0]  # they make the range, and it the step
-    return elements
 
 
 def gather(number: int, device: torch.device) -> Agreement:
