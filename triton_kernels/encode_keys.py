@@ -66,8 +66,8 @@ def encode_keys(
             lows = tl.minimum(lows, tile, propagate_nan=tl.PropagateNan.ALL)
             highs = tl.maximum(highs, tile)
     # A NaN makes all that share its scale 0.
-    broken = tl.max((lows != lows).to(tl.int32), 0) > 0
-    scale, zero = range_of(tl.min(lows, 0), tl.max(highs, 0), (count > 0) & (broken == 0), BITS)
+    fine = tl.max((lows != lows).to(tl.int32), 0) == 0
+    scale, zero = range_of(tl.min(lows, 0), tl.max(highs, 0), (count > 0) & fine, BITS)
     halves = page.to(tl.pointer_type(tl.float16))
     tl.store(halves + KEY_SCALE // 2 + dim, scale, mask=dim < D)
     tl.store(halves + KEY_ZERO // 2 + dim, zero, mask=dim < D)

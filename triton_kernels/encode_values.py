@@ -59,11 +59,11 @@ def encode_values(
             lows = tl.minimum(lows, tile, propagate_nan=tl.PropagateNan.ALL)
             highs = tl.maximum(highs, tile)
     # A NaN makes all that share its scale 0.
-    broken = tl.max((lows != lows).to(tl.int32), 1) > 0
+    fine = tl.max((lows != lows).to(tl.int32), 1) == 0
     low = tl.min(tl.where(inside, lows, float("inf")), 1)
     high = tl.max(tl.where(inside, highs, float("-inf")), 1)
     # What stands past the last token has a scale of 0, so that its codes are 0, too.
-    scale, zero = range_of(low, high, (token < count) & (broken == 0), BITS)
+    scale, zero = range_of(low, high, (token < count) & fine, BITS)
     halves = page.to(tl.pointer_type(tl.float16))
     tl.store(halves + VALUE_SCALE // 2 + token, scale, mask=token < CAPACITY)
     tl.store(halves + VALUE_ZERO // 2 + token, zero, mask=token < CAPACITY)

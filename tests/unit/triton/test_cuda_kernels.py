@@ -20,6 +20,7 @@ from torch import Tensor
 
 from deltamem_vllm.codec.cold_codec import decode_pages, encode_pages
 from deltamem_vllm.codec.cold_page import ColdFormat
+from deltamem_vllm.ops.inputs import between_codes
 
 BLOCK, POOL_PAGES = 32, 7
 BENCHMARKS = Path(__file__).parents[3] / "benchmarks"
@@ -55,9 +56,9 @@ def test_codes_are_the_codecs(library: Callable[[int, int], ctypes.CDLL], dim: i
     cuda, cold = library(dim, bits), ColdFormat(bits, dim, BLOCK * 4 * dim)
     assert cuda.capacity() == cold.capacity
     generator = torch.Generator().manual_seed(bits * dim)
-    keys, values = (
-        (torch.randn(4, cold.capacity, dim, generator=generator) * 3).to(torch.bfloat16).contiguous() for _ in range(2)
-    )
+    keys, values = (torch.randn(4, cold.capacity, dim, generator=generator) * 3 for _ in range(2))
+    keys[..., 0] = between_codes(4, cold.capacity, bits, generator)
+    keys, values = keys.to(torch.bfloat16), values.to(torch.bfloat16)
     keys[1, 2, 5], keys[0, 1, 7], values[1, 0, 3], values[2, 0, 1] = torch.nan, torch.inf, torch.nan, -torch.inf
     keys[2, :, 9], values[0, 3] = 0.0, 0.0
     counts = torch.tensor([cold.capacity, cold.capacity // 2 + 1, 1, cold.capacity - 1])
